@@ -1,0 +1,240 @@
+"""Every option that d2ssl adds to a Detectron2 config, and the config of each stage.
+
+The user writes one yaml: a standard Mask R-CNN config plus an ``SSL`` node.
+:func:`pretrain_cfg` and :func:`finetune_cfg` derive from it the plain Detectron2 config that each
+stage runs with, so that the network, colour order, mean, std and stride are the same in both.
+"""
+
+import difflib
+import os
+import re
+
+import torch
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg as get_detectron2_cfg
+
+from d2ssl.errors import D2SSLError
+
+PRETRAIN_PARTS = ("bottom_up", "fpn", "box_head")
+BATCH_NORMS = ("FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN")
+
+
+def add_ssl_config(cfg: CN) -> None:
+    """Declare the ``SSL`` node on a Detectron2 config, in place."""
+    cfg.SSL = CN()
+    ssl = cfg.SSL
+    ssl.ENABLED = True  # False: plain fine-tuning from MODEL.WEIGHTS
+    ssl.METHOD = "SoCo"  # a registered meta-architecture, see configs/
+    ssl.DATASETS = ()  # photos to pretrain on; their annotations are never read
+    ssl.REGISTER = ()  # "my_module:my_function", called before any data set is looked up
+    ssl.TRAIN = ["bottom_up", "fpn", "box_head"]  # what learns; the rest keeps its weights
+    ssl.PRECISION = "bf16"  # "bf16" or "fp32"; losses, boxes and statistics are always fp32
+    ssl.FPN_NORM = "BN"  # norm in the FPN while pretraining; folded into its convolutions after
+    ssl.CACHE_GB = 4.0  # decoded photos held in memory, at the size that training needs
+    ssl.CALIBRATION_PHOTOS = 64  # photos that norm statistics are measured on, at most
+
+    # A second SOLVER node: every Detectron2 solver key, for pretraining.
+    ssl.SOLVER = cfg.SOLVER.clone()
+    ssl.SOLVER.OPTIMIZER = "SGD"  # "SGD", "LARS" or "AdamW"
+    ssl.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"
+    ssl.SOLVER.LR_FLOOR = 0.0  # the cosine ends at this fraction of BASE_LR
+    ssl.SOLVER.IMS_PER_BATCH = 16
+    ssl.SOLVER.BASE_LR = 0.02
+    ssl.SOLVER.MAX_ITER = 5000
+    ssl.SOLVER.WARMUP_ITERS = 100
+    ssl.SOLVER.WEIGHT_DECAY = 1e-5
+    ssl.SOLVER.CHECKPOINT_PERIOD = 1000
+    # Weights that came with MODEL.WEIGHTS start at this fraction of the lr and rise by cosine
+    # until they meet the main schedule; 1.0 switches the rule off.
+    ssl.SOLVER.LOADED_LR_FACTOR = 1.0
+    ssl.SOLVER.LR_FACTOR = CN({"BOTTOM_UP": 1.0, "FPN": 1.0, "BOX_HEAD": 1.0, "HEADS": 1.0})
+
+    ssl.INPUT = CN()
+    ssl.INPUT.VIEW_SIZE = 224  # side of the large views in pixels, a multiple of 32
+    ssl.INPUT.SMALL_VIEW_SIZE = 96  # side of the small view, a multiple of 32
+    ssl.INPUT.CROP_SCALE = (0.5, 1.0)  # share of the photo's area that a cropped view shows
+    ssl.INPUT.FLIP = 0.5
+    ssl.INPUT.COLOR_JITTER = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+    ssl.INPUT.COLOR_JITTER_PROB = 0.8
+    ssl.INPUT.GRAY_PROB = 0.2
+    ssl.INPUT.SOLARIZE_PROB = 0.2  # cropped views only
+    ssl.INPUT.PLANE_SHIFT = 0.0  # each colour plane moves by its own offset, up to this x 255
+    ssl.INPUT.CUTOUT_PROB = 0.5  # per box, cropped views only
+
+    ssl.PROPOSALS = CN()
+    ssl.PROPOSALS.SOURCE = "selective_search"  # or grid, random, annotations, a COCO json file
+    ssl.PROPOSALS.CACHE_DIR = ""  # default: $D2SSL_CACHE, else ~/.cache/d2ssl
+    ssl.PROPOSALS.MIN_SCALE = 0.05  # sqrt(box area) / sqrt(photo area), at least
+    ssl.PROPOSALS.MAX_SCALE = 0.8  # and at most
+    ssl.PROPOSALS.MAX_ASPECT = 3.0  # longer side / shorter side, at most
+
+    ssl.MOMENTUM = 0.99  # of the momentum encoder; rises to 1 by cosine
+    ssl.HEAD = CN({"HIDDEN_DIM": 4096, "OUT_DIM": 256})  # projector and predictor
+
+    ssl.SOCO = CN()
+    ssl.SOCO.NUM_BOXES = 4  # matched boxes per pair of views
+    ssl.SOCO.BOX_JITTER = 0.1  # of one view's box, as a share of its side
+    ssl.SOCO.MIN_BOX_SIZE = 16  # pixels of the view, after clipping
+
+    # What fine-tuning can do beyond stock Detectron2; at its defaults it is stock.
+    ssl.FINETUNE = CN()
+    ssl.FINETUNE.OPTIMIZER = "SGD"
+    ssl.FINETUNE.LR_FLOOR = 0.0
+    ssl.FINETUNE.LR_FACTOR = CN(
+        {
+            "STEM": 1.0, "RES2": 1.0, "RES3": 1.0, "RES4": 1.0, "RES5": 1.0,
+            "FPN": 1.0, "RPN": 1.0, "BOX_HEAD": 1.0, "MASK_HEAD": 1.0, "OTHER": 1.0,
+        }
+    )  # fmt: skip
+    ssl.FINETUNE.FROZEN_PARTS = ()  # e.g. ("STEM", "RES2", "FPN"); needs UNFREEZE_ITER
+    ssl.FINETUNE.UNFREEZE_ITER = 0  # they train from this iteration on
+    ssl.FINETUNE.CALIBRATE_NORMS = "auto"  # "auto": from random weights; "always"; "never"
+    ssl.FINETUNE.EMA_DECAY = 0.0  # e.g. 0.998: evaluate and save the averaged weights
+    ssl.FINETUNE.VAL_LOSS = True  # with TEST.EVAL_PERIOD: the losses on the test photos as well
+    ssl.FINETUNE.DEV_DATASET = ""  # a set apart from the test set; keeps model_best.pth
+
+
+def get_cfg() -> CN:
+    """Detectron2's default config with the ``SSL`` node."""
+    cfg = get_detectron2_cfg()
+    add_ssl_config(cfg)
+    return cfg
+
+
+def load_cfg(config_file: str = "", opts=()) -> CN:
+    """The config of one run: defaults, then the yaml, then ``KEY VALUE`` overrides; frozen.
+
+    Raises:
+        D2SSLError: a file that is absent, a key that does not exist (the nearest is named), a
+            value of the wrong type, or options that contradict one another.
+    """
+    cfg = get_cfg()
+    if config_file and not os.path.isfile(config_file):
+        raise D2SSLError(f"--config-file {config_file}: no such file")
+    try:
+        if config_file:
+            cfg.merge_from_file(config_file)
+        cfg.merge_from_list(list(opts))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise D2SSLError(_explain(cfg, error)) from None
+    if cfg.SEED < 0:
+        cfg.SEED = 0  # an exact resume needs a seed
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    _check(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def _explain(cfg: CN, error: Exception) -> str:
+    message = str(error).strip("'\"")
+    match = re.search(r"Non-existent (?:config )?key: (\S+)", message)
+    if not match:
+        return f"config: {' '.join(message.split())}"
+    key = match.group(1)
+    keys = list(_leaf_keys(cfg))
+    # A typo in the last name is likelier than one in the path, so that is looked for first.
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
+    return f"config key {key} does not exist; the nearest is {near[0]}"
+
+
+def _leaf_keys(node: CN, prefix: str = ""):
+    for name, value in node.items():
+        if isinstance(value, CN):
+            yield from _leaf_keys(value, f"{prefix}{name}.")
+        yield f"{prefix}{name}"
+
+
+def _check(cfg: CN) -> None:
+    ssl = cfg.SSL
+
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise D2SSLError(message)
+
+    def one_of(key: str, value, choices) -> None:
+        require(value in choices, f"{key} {value}: choose from {', '.join(map(str, choices))}")
+
+    one_of("SSL.PRECISION", ssl.PRECISION, ("bf16", "fp32"))
+    for key in ("SOLVER", "FINETUNE"):
+        one_of(f"SSL.{key}.OPTIMIZER", ssl[key].OPTIMIZER, ("SGD", "LARS", "AdamW"))
+    for part in ssl.TRAIN:
+        one_of("SSL.TRAIN", part, PRETRAIN_PARTS)
+    require(not ssl.ENABLED or ssl.TRAIN, "SSL.TRAIN is empty; name bottom_up, fpn or box_head")
+    require(
+        not ssl.ENABLED or ssl.DATASETS,
+        "SSL.DATASETS is empty; name the photos to pretrain on, or set SSL.ENABLED False",
+    )
+    for key in ("VIEW_SIZE", "SMALL_VIEW_SIZE"):
+        size = ssl.INPUT[key]
+        require(
+            size >= 32 and size % 32 == 0,
+            f"SSL.INPUT.{key} {size}: the FPN needs a multiple of 32, e.g. {max(32, size // 32 * 32)}",
+        )
+    calibrate = ssl.FINETUNE.CALIBRATE_NORMS
+    one_of("SSL.FINETUNE.CALIBRATE_NORMS", calibrate, ("auto", "always", "never"))
+    for part in ssl.FINETUNE.FROZEN_PARTS:
+        one_of("SSL.FINETUNE.FROZEN_PARTS", part, tuple(ssl.FINETUNE.LR_FACTOR))
+    if ssl.FINETUNE.FROZEN_PARTS:
+        require(
+            cfg.MODEL.BACKBONE.FREEZE_AT == 0,
+            "SSL.FINETUNE.FROZEN_PARTS needs MODEL.BACKBONE.FREEZE_AT 0: "
+            "what FREEZE_AT freezes cannot be unfrozen later",
+        )
+    dev = ssl.FINETUNE.DEV_DATASET
+    require(
+        not dev or dev not in cfg.DATASETS.TEST,
+        f"SSL.FINETUNE.DEV_DATASET {dev} is also in DATASETS.TEST: "
+        "a checkpoint chosen on the test set overstates its AP; name another set",
+    )
+
+
+def pretrain_cfg(cfg: CN) -> CN:
+    """The plain Detectron2 config of the pretraining stage, frozen.
+
+    Norms are built trainable and nothing is frozen by stage: ``FREEZE_AT`` would win over
+    ``NORM`` (it replaces the norms of the first stages whatever ``NORM`` says).
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.META_ARCHITECTURE = cfg.SSL.METHOD
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    if cfg.MODEL.RESNETS.NORM in BATCH_NORMS:
+        cfg.MODEL.RESNETS.NORM = "BN"
+    if cfg.MODEL.FPN.NORM == "":
+        cfg.MODEL.FPN.NORM = cfg.SSL.FPN_NORM
+    cfg.DATASETS.TRAIN = tuple(cfg.SSL.DATASETS)
+    cfg.DATASETS.TEST = ()
+    cfg.SOLVER = cfg.SSL.SOLVER.clone()
+    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "pretrain")
+    cfg.freeze()
+    return cfg
+
+
+def finetune_cfg(cfg: CN) -> CN:
+    """The plain Detectron2 config of the fine-tuning stage, frozen.
+
+    With ``SSL.ENABLED`` its weights are what pretraining hands off.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.SSL.ENABLED:
+        cfg.MODEL.WEIGHTS = pretrained_path(cfg)
+    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "finetune")
+    cfg.freeze()
+    return cfg
+
+
+def stock_cfg(cfg: CN) -> CN:
+    """:func:`finetune_cfg` without the ``SSL`` node: what stock Detectron2 runs."""
+    cfg = finetune_cfg(cfg)
+    cfg.defrost()
+    del cfg["SSL"]
+    cfg.OUTPUT_DIR = os.path.join(os.path.dirname(cfg.OUTPUT_DIR), "stock")
+    cfg.freeze()
+    return cfg
+
+
+def pretrained_path(cfg: CN) -> str:
+    """Where the hand-off of the run that ``cfg`` describes lies."""
+    return os.path.join(cfg.OUTPUT_DIR, "pretrain", "model_pretrained.pth")

@@ -1,0 +1,139 @@
+"""From the names in a config to loaders: the one place where data sets are looked up."""
+
+import importlib
+import logging
+import math
+import os
+from typing import List, Sequence
+
+from detectron2.data import DatasetCatalog
+from detectron2.utils import comm
+
+from d2ssl.data.datasets import ensure_registered
+from d2ssl.data.loader import StreamLoader
+from d2ssl.data.mapper import DetectionMapper, PretextMapper
+from d2ssl.data.photos import PhotoStore, read_photo
+from d2ssl.data.proposals import attach_proposals
+from d2ssl.errors import D2SSLError
+
+logger = logging.getLogger("d2ssl")
+
+
+def register_datasets(cfg) -> None:
+    """Call the user's register functions, then check every name that the config uses.
+
+    Raises:
+        D2SSLError: a module or function that is not there, or an unknown data set.
+    """
+    for entry in cfg.SSL.REGISTER:
+        module, _, function = entry.partition(":")
+        try:
+            register = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise D2SSLError(
+                f"SSL.REGISTER {entry}: {error}; write my_module:my_function, with the module on "
+                "PYTHONPATH"
+            ) from error
+        register()
+    ensure_registered(dataset_names(cfg))
+
+
+def dataset_names(cfg) -> List[str]:
+    """Every data set that the enabled stages of a config use."""
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    if cfg.SSL.ENABLED:
+        names += cfg.SSL.DATASETS
+    if cfg.SSL.FINETUNE.DEV_DATASET:
+        names.append(cfg.SSL.FINETUNE.DEV_DATASET)
+    return names
+
+
+def load_dicts(names: Sequence[str]) -> List[dict]:
+    """The dataset dicts of several sets, one after another; an empty set is an error."""
+    ensure_registered(names)
+    dicts = []
+    for name in names:
+        rows = DatasetCatalog.get(name)
+        if not rows:
+            raise D2SSLError(f"{name}: the data set is empty")
+        dicts.extend(rows)
+    return dicts
+
+
+def cache_dir(cfg) -> str:
+    """Where proposals are kept between runs."""
+    default = os.environ.get("D2SSL_CACHE", os.path.join("~", ".cache", "d2ssl"))
+    return os.path.expanduser(cfg.SSL.PROPOSALS.CACHE_DIR or default)
+
+
+def _store(cfg, dicts: List[dict], short_side: int) -> PhotoStore:
+    store = PhotoStore(short_side, max_bytes=int(cfg.SSL.CACHE_GB * 2**30))
+    store.preload([d["file_name"] for d in dicts])
+    return store
+
+
+def build_pretrain_loader(cfg, views, view_pairs) -> StreamLoader:
+    """Views of the photos of ``cfg.DATASETS.TRAIN`` (a :func:`~d2ssl.config.pretrain_cfg`)."""
+    dicts = load_dicts(cfg.DATASETS.TRAIN)
+    # A crop of the smallest allowed area is then still not enlarged to make a view.
+    short_side = math.ceil(max(v.size for v in views) / math.sqrt(min(cfg.SSL.INPUT.CROP_SCALE)))
+    store = _store(cfg, dicts, short_side)
+    if view_pairs:
+        proposals = cfg.SSL.PROPOSALS
+        dicts = _first_process_first(
+            lambda: attach_proposals(
+                dicts,
+                proposals.SOURCE,
+                read_photo,
+                cache_dir(cfg),
+                num_workers=max(1, os.cpu_count() or 1),
+                min_scale=proposals.MIN_SCALE,
+                max_scale=proposals.MAX_SCALE,
+                max_aspect=proposals.MAX_ASPECT,
+            )
+        )
+    dicts = [{k: v for k, v in d.items() if k != "annotations"} for d in dicts]
+    mapper = PretextMapper(cfg, store.get, views, view_pairs)
+    solver, workers = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS
+    return StreamLoader(dicts, mapper, solver.IMS_PER_BATCH, cfg.SEED, workers)
+
+
+def build_finetune_loader(cfg) -> StreamLoader:
+    """Labelled photos of ``cfg.DATASETS.TRAIN`` through Detectron2's own augmentations."""
+    dicts = load_dicts(cfg.DATASETS.TRAIN)
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        labelled = [d for d in dicts if any(not a.get("iscrowd") for a in d.get("annotations", []))]
+        if not labelled:
+            raise D2SSLError(f"{', '.join(cfg.DATASETS.TRAIN)}: not one photo has an annotation")
+        if len(labelled) < len(dicts):
+            logger.info("%d photos without annotation left out", len(dicts) - len(labelled))
+        dicts = labelled
+    store = _store(cfg, dicts, max(cfg.INPUT.MIN_SIZE_TRAIN))
+    mapper = DetectionMapper(cfg, store.get)
+    solver, workers = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS
+    return StreamLoader(dicts, mapper, solver.IMS_PER_BATCH, cfg.SEED, workers)
+
+
+def build_validation_batches(cfg, names: Sequence[str]) -> List[List[dict]]:
+    """The photos of sets with their annotations at test size, one a batch, held in memory."""
+    dicts = [d for d in load_dicts(names) if d.get("annotations")]
+    mapper = DetectionMapper(cfg, PhotoStore(cfg.INPUT.MIN_SIZE_TEST).get, is_train=False)
+    return [[mapper(d)] for d in dicts]
+
+
+def photos_at_test_size(cfg, names: Sequence[str], limit: int) -> List[List[dict]]:
+    """Up to ``limit`` photos, evenly spread over the sets, at test size, one a batch."""
+    dicts = load_dicts(names)
+    dicts = dicts[:: max(1, math.ceil(len(dicts) / limit))]
+    mapper = DetectionMapper(cfg, PhotoStore(cfg.INPUT.MIN_SIZE_TEST).get, is_train=False)
+    return [[mapper({k: v for k, v in d.items() if k != "annotations"})] for d in dicts]
+
+
+def _first_process_first(compute):
+    """Let one process fill the cache that the others then read."""
+    if comm.get_world_size() == 1 or comm.is_main_process():
+        result = compute()
+        comm.synchronize()
+        return result
+    comm.synchronize()
+    return compute()

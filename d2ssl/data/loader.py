@@ -1,0 +1,120 @@
+"""Batches decided by (seed, iteration, slot) alone.
+
+Detectron2's ``TrainingSampler`` restarts its stream on resume, its augmentations depend on the
+number of workers, and one photo can meet itself in a batch. Here position ``iteration * batch +
+slot`` of an endless stream decides the photo and its random state, so that a resumed run
+continues exactly, any number of workers or processes gives the same batches, and a batch may
+exceed the data set.
+"""
+
+import contextlib
+import functools
+import random
+from typing import Callable, List, Sequence
+
+import numpy as np
+import torch
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from d2ssl.errors import D2SSLError
+
+
+def photo_at(position: int, num_photos: int, seed: int) -> int:
+    """Index of the photo at a position of the stream: one permutation after another."""
+    epoch, place = divmod(position, num_photos)
+    return int(_permutation(num_photos, seed, epoch)[place])
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(num_photos: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_photos)
+
+
+@contextlib.contextmanager
+def random_state(*key: int):
+    """Seed ``random``, NumPy and torch (CPU) from a key of non-negative integers, and restore."""
+    words = np.random.SeedSequence(key).generate_state(4)
+    before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(int(words[0]))
+    np.random.seed(words[1:3])
+    torch.random.default_generator.manual_seed(int(words[3]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.random.set_rng_state(before[2])
+
+
+class PhotoStream(Dataset):
+    """Position in the stream -> what ``mapper`` makes of that photo, under its own random state."""
+
+    def __init__(self, dataset_dicts: Sequence[dict], mapper: Callable, seed: int):
+        if not dataset_dicts:
+            raise D2SSLError("the data set has no photo to train on")
+        self.dicts, self.mapper, self.seed = dataset_dicts, mapper, seed
+
+    def __getitem__(self, position: int) -> dict:
+        index = photo_at(position, len(self.dicts), self.seed)
+        with random_state(self.seed, 1, position):  # 1: apart from the permutations' states
+            return {**self.mapper(self.dicts[index]), "index": index, "position": position}
+
+
+class _Positions:
+    """The batches of stream positions that this process sees, from an iteration on."""
+
+    def __init__(self, batch_size: int, start: int):
+        self.batch_size, self.start = batch_size, start
+
+    def __iter__(self):
+        local = self.batch_size // comm.get_world_size()
+        first = comm.get_rank() * local
+        iteration = self.start
+        while True:
+            base = iteration * self.batch_size + first
+            yield list(range(base, base + local))
+            iteration += 1
+
+
+class StreamLoader:
+    """Endless iterable of batches (lists of the mapper's dicts).
+
+    Set ``start_iter`` before the first batch is taken; a resumed trainer does.
+
+    Args:
+        batch_size: photos a step, over all processes.
+    """
+
+    def __init__(self, dataset_dicts, mapper, batch_size: int, seed: int, num_workers: int = 0):
+        world = comm.get_world_size()
+        if batch_size < world or batch_size % world:
+            raise D2SSLError(
+                f"IMS_PER_BATCH {batch_size} cannot be shared by {world} processes; "
+                f"use a multiple of {world}"
+            )
+        self.stream = PhotoStream(dataset_dicts, mapper, seed)
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.start_iter = 0
+
+    def __iter__(self):
+        # A generator: nothing is read, and no worker forked, before the first batch is asked for.
+        loader = DataLoader(
+            self.stream,
+            batch_sampler=_Positions(self.batch_size, self.start_iter),
+            num_workers=self.num_workers,
+            collate_fn=_as_list,
+            worker_init_fn=_one_thread,
+            generator=torch.Generator(),  # else a worker's start would draw from the global state
+        )
+        yield from loader
+
+
+def _as_list(batch: List[dict]) -> List[dict]:
+    return batch
+
+
+def _one_thread(worker_id: int) -> None:
+    import cv2
+
+    cv2.setNumThreads(0)

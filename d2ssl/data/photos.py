@@ -1,0 +1,174 @@
+"""Reading photos as stock Detectron2 reads them, and keeping them decoded in memory."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from typing import Iterable
+
+import cv2
+import numpy as np
+from detectron2.data.detection_utils import read_image
+from PIL import Image
+from tqdm import tqdm
+
+from d2ssl.errors import D2SSLError
+
+logger = logging.getLogger(__name__)
+
+_ORIENTATION = 274  # the EXIF tag
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
+
+# PIL clips these to 0..255 when it converts to RGB: a 16-bit photo would come out white.
+_DEEP_MODES = ("I", "F")
+
+
+def read_photo(path: str) -> np.ndarray:
+    """
+    Decode a photo exactly as stock Detectron2 does at test time.
+
+    EXIF rotation is applied, greyscale, palette and CMYK become RGB, transparency is dropped.
+
+    Returns:
+        np.ndarray: HxWx3, uint8, RGB.
+
+    Raises:
+        D2SSLError: missing, unreadable or truncated file, or one that Detectron2 would
+            misread (more than 8 bits in one channel, a TIFF with an orientation tag).
+    """
+    photo_size(path)  # refuses what read_image would misread
+    try:
+        return read_image(str(path), "RGB")
+    except Exception as error:  # on damaged files PIL raises nearly anything
+        raise _unreadable(path, error) from error
+
+
+def photo_size(path: str) -> tuple[int, int]:
+    """
+    Size of a photo as :func:`read_photo` will return it, from the file's header alone.
+
+    Returns:
+        (height, width) in pixels, after EXIF rotation.
+
+    Raises:
+        D2SSLError: as :func:`read_photo`, except for damage behind the header.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            mode, kind = image.mode, image.format
+            orientation = _orientation(image)
+    except FileNotFoundError as error:
+        raise D2SSLError(f"{path}: no such photo; check the path or restore the file") from error
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+    if mode.startswith(_DEEP_MODES):
+        raise D2SSLError(
+            f"{path}: has more than 8 bits a pixel (mode {mode}), which Detectron2 would clip to "
+            "white; convert it to 8 bits"
+        )
+    if kind == "TIFF" and orientation not in (None, 1):
+        # Recent PIL rotates TIFFs by itself, and Detectron2 would rotate them once more.
+        raise D2SSLError(
+            f"{path}: is a TIFF with an orientation tag, which Detectron2 would rotate twice; "
+            "save it upright, as JPEG or PNG"
+        )
+    return (width, height) if orientation in _SIDEWAYS else (height, width)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        # Not image.getexif(): for a PNG without EXIF that decodes the whole picture.
+        return Image.Image.getexif(image).get(_ORIENTATION)
+    except Exception:  # a damaged EXIF block; Detectron2 ignores it too
+        return None
+
+
+def _unreadable(path: str, error: Exception) -> D2SSLError:
+    reason = str(error) or type(error).__name__
+    if isinstance(error, Image.UnidentifiedImageError):
+        reason = "not a picture that PIL knows"
+    return D2SSLError(f"{path}: cannot be read ({reason}); save it again as JPEG or PNG")
+
+
+class PhotoStore:
+    """
+    Photos decoded and scaled down once, kept in memory as plain uint8 arrays.
+
+    The short side becomes at most ``short_side`` pixels (area averaging, never enlarged), so a
+    12-megapixel photo is not decoded at every step. :meth:`preload` before the DataLoader forks
+    its workers: they then share the pages. A photo that was not preloaded, or that did not fit
+    in the budget, is decoded and scaled at each :meth:`get`, with the same result.
+    """
+
+    def __init__(self, short_side: int, max_bytes: int = 4 * 2**30):
+        """
+        Args:
+            short_side: largest length of a stored photo's shorter side, in pixels.
+            max_bytes: memory that the stored photos may take together.
+        """
+        if short_side < 1:
+            raise D2SSLError(f"PhotoStore: short_side is {short_side}; give at least 1 pixel")
+        self.short_side = short_side
+        self.max_bytes = max_bytes
+        self._photos: dict[str, np.ndarray] = {}
+
+    def preload(self, files: Iterable[str], num_threads: int = 2) -> None:
+        """
+        Decode and keep ``files``, first come first kept until the budget is full.
+
+        Raises:
+            D2SSLError: see :func:`read_photo`.
+        """
+        new = [file for file in dict.fromkeys(files) if file not in self._photos]
+        free = self.max_bytes - self.num_bytes
+        kept = []
+        for file in new:
+            height, width = self._scaled_size(*photo_size(file))
+            if height * width * 3 <= free:
+                free -= height * width * 3
+                kept.append(file)
+        with ThreadPoolExecutor(num_threads) as pool:
+            photos = pool.map(self._load, kept)
+            for file, photo in tqdm(zip(kept, photos), "photos", len(kept), unit="photo"):
+                self._photos[file] = photo
+        if len(kept) < len(new):
+            logger.warning(
+                f"{len(new) - len(kept)} of {len(new)} photos do not fit in the "
+                f"{self.max_bytes / 2**20:.0f} MiB for decoded photos and will be decoded at "
+                "each use, which is slower"
+            )
+
+    def get(self, file: str) -> np.ndarray:
+        """
+        Returns:
+            np.ndarray: HxWx3, uint8, RGB, read-only (it is shared: copy before writing).
+
+        Raises:
+            D2SSLError: see :func:`read_photo`.
+        """
+        photo = self._photos.get(file)
+        return self._load(file) if photo is None else photo
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory taken by the stored photos."""
+        return sum(photo.nbytes for photo in self._photos.values())
+
+    def __len__(self) -> int:
+        return len(self._photos)
+
+    def __contains__(self, file: str) -> bool:
+        return file in self._photos
+
+    def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
+        scale = min(1.0, self.short_side / min(height, width))
+        return round(height * scale), round(width * scale)
+
+    def _load(self, file: str) -> np.ndarray:
+        photo = read_photo(file)
+        height, width = self._scaled_size(*photo.shape[:2])
+        if (height, width) != photo.shape[:2]:
+            photo = cv2.resize(photo, (width, height), interpolation=cv2.INTER_AREA)
+        photo = np.ascontiguousarray(photo)
+        photo.flags.writeable = False
+        return photo

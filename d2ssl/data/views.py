@@ -1,0 +1,252 @@
+"""Views of a photo: what is drawn, and where a box of the photo lies in each view.
+
+Every view is made by Detectron2 transforms, so that boxes, masks and points follow the pixels.
+Coordinates are continuous, as Detectron2's: a photo of width W reaches from x = 0 to x = W, and a
+box is XYXY. All randomness of a view is drawn from ``np.random``, which the loader seeds per item.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from detectron2.data import transforms as T
+
+from d2ssl.data import photometric
+
+
+class RandomResizedCrop(T.Augmentation):
+    """A crop of random area and aspect ratio, resized to size x size px.
+
+    Its area is U(scale) of the photo's, w/h log-uniform in ``ratio`` (Szegedy et al., CVPR 2015).
+    A crop that does not fit is drawn anew, up to ten times; then it is the largest centred one
+    that keeps to ``ratio``.
+    """
+
+    def __init__(self, size: int, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
+        super().__init__()
+        self._init(locals())
+
+    def get_transform(self, image):
+        height, width = image.shape[:2]
+        x, y, w, h = self._draw(height, width)
+        return T.TransformList(
+            [
+                T.CropTransform(x, y, w, h, width, height),
+                # Bilinear over the area that one new pixel covers: no aliasing when it shrinks.
+                T.ResizeTransform(h, w, self.size, self.size),
+            ]
+        )
+
+    def _draw(self, height: int, width: int) -> tuple[int, int, int, int]:
+        for _ in range(10):
+            area = np.random.uniform(*self.scale) * height * width
+            aspect = np.exp(np.random.uniform(*np.log(self.ratio)))
+            w, h = int(round(np.sqrt(area * aspect))), int(round(np.sqrt(area / aspect)))
+            if 0 < w <= width and 0 < h <= height:
+                x, y = np.random.randint(width - w + 1), np.random.randint(height - h + 1)
+                return int(x), int(y), w, h
+        w = max(1, min(width, round(height * self.ratio[1])))
+        h = max(1, min(height, round(width / self.ratio[0])))
+        return (width - w) // 2, (height - h) // 2, w, h
+
+
+class ResizeTo(T.Augmentation):
+    """The whole photo at size x size px; its aspect ratio is not kept."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self._init(locals())
+
+    def get_transform(self, image):
+        return T.ResizeTransform(*image.shape[:2], self.size, self.size)
+
+
+@dataclass(frozen=True)
+class View:
+    """What one view of a photo is. The defaults are those of SoCo's cropped views.
+
+    size: side in px, a multiple of 32. crop_scale: range of the crop's share of the photo's area;
+    None: the whole photo. ratio: range of the crop's w/h. flip: probability. jitter: strength of
+    brightness, contrast, saturation and hue, applied with probability jitter_p. gray, blur_p,
+    solarize_p: probabilities. plane_shift: each colour plane moves by up to this x 255; 0: off;
+    permute_planes: it also changes their order. cutout_p: probability per matched box, see
+    :func:`cut_out`; :func:`draw_view` knows no boxes and leaves it to its caller.
+    """
+
+    size: int
+    crop_scale: tuple[float, float] | None = (0.5, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter_p: float = 0.8
+    gray: float = 0.2
+    blur_p: float = 0.1
+    solarize_p: float = 0.2
+    plane_shift: float = 0.0
+    permute_planes: bool = False
+    cutout_p: float = 0.0
+
+    @functools.cache  # augmentations hold no state, and building them for each photo costs time
+    def geometric(self) -> list[T.Augmentation]:
+        """What moves pixels."""
+        if self.crop_scale is None:
+            window = ResizeTo(self.size)
+        else:
+            window = RandomResizedCrop(self.size, self.crop_scale, self.ratio)
+        return [window, T.RandomFlip(self.flip)]
+
+    @functools.cache
+    def photometric(self) -> list[T.Augmentation]:
+        """What changes them in place; for RGB images."""
+        shift = photometric.PlaneShift(self.plane_shift, self.permute_planes)
+        return [
+            T.RandomApply(photometric.ColorJitter(*self.jitter), self.jitter_p),
+            T.RandomApply(T.ColorTransform(photometric.grayscale), self.gray),
+            T.RandomApply(shift, float(self.plane_shift > 0 or self.permute_planes)),
+            T.RandomApply(photometric.RandomBlur(), self.blur_p),
+            T.RandomApply(T.ColorTransform(photometric.solarize), self.solarize_p),
+        ]
+
+    def augmentations(self) -> list[T.Augmentation]:
+        return self.geometric() + self.photometric()
+
+
+def draw_view(view: View, photo: np.ndarray) -> tuple[np.ndarray, T.TransformList]:
+    """Draw one view of a photo.
+
+    Args:
+        photo: HxWx3 uint8, RGB.
+
+    Returns:
+        image (size x size x 3 uint8, RGB, contiguous) and the geometric transforms, photo -> view.
+    """
+    drawn = T.AugInput(photo)
+    transforms = drawn.apply_augmentations(view.geometric())
+    drawn.image = np.ascontiguousarray(drawn.image)  # a flip only reverses the strides
+    drawn.apply_augmentations(view.photometric())
+    return np.ascontiguousarray(drawn.image), transforms
+
+
+def apply_boxes(transforms: T.Transform, boxes: np.ndarray) -> np.ndarray:
+    """Where Nx4 boxes of the photo lie in the view, as float64; not clipped to it.
+
+    Same as ``transforms.apply_box``, but fast: two corners do where nothing is rotated.
+    """
+    corners = apply_points(transforms, np.asarray(boxes).reshape(-1, 2)).reshape(-1, 2, 2)
+    return np.sort(corners, axis=1).reshape(-1, 4)  # a flip exchanges left and right
+
+
+def apply_points(transforms: T.Transform, points: np.ndarray) -> np.ndarray:
+    """Where Nx2 (x, y) points of the photo lie in the view, as float64.
+
+    With ``transforms.inverse()``: where points of the view lie in the photo.
+    """
+    # A float copy: Detectron2's transforms work in place, and would round integer coordinates.
+    return transforms.apply_coords(np.array(points, dtype=np.float64).reshape(-1, 2))
+
+
+def clip(boxes: np.ndarray, size: int) -> np.ndarray:
+    """The part of each Nx4 box that lies inside a size x size view; it may be empty."""
+    return boxes.clip(0, size)
+
+
+def visible_fraction(boxes: np.ndarray, size: int) -> np.ndarray:
+    """N shares, 0 to 1, of the area of Nx4 boxes that lie inside a size x size view."""
+    return _sides(clip(boxes, size)).prod(1) / _sides(boxes).prod(1).clip(1e-9)
+
+
+def _sides(boxes: np.ndarray) -> np.ndarray:
+    return boxes[:, 2:] - boxes[:, :2]  # N x 2
+
+
+def paired_boxes(
+    proposals: np.ndarray,
+    transforms_a: T.Transform,
+    transforms_b: T.Transform,
+    size_a: int,
+    size_b: int,
+    k: int = 4,
+    min_size: float = 16.0,
+    jitter: float = 0.1,
+    jitter_p: float = 0.5,
+    min_visible: float = 0.5,
+    rng=np.random,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """K boxes that two views of one photo share (SoCo, Wei et al., NeurIPS 2021).
+
+    A proposal takes part if, clipped to each view, it has sides of at least ``min_size`` px there
+    and at least ``min_visible`` of its area. At one half, both views show most of the same object;
+    SoCo takes any overlap, and so also pairs the two far ends of one object.
+
+    Args:
+        proposals: Nx4 XYXY in pixels of the photo that the views were drawn from.
+        transforms_a, transforms_b: photo -> view, from :func:`draw_view`.
+        size_a, size_b: sides of the views in px.
+        k: proposals are chosen without replacement, and repeated if there are fewer.
+        jitter, jitter_p: with this probability a box of view a is shifted by up to this share of
+            its sides and stretched by up to this share.
+        rng: ``np.random`` or a ``np.random.Generator``.
+
+    Returns:
+        boxes_a, boxes_b: Kx4 float32 XYXY in pixels of each view, row i matching row i; and ids:
+        K int64, the row in ``proposals``. Where no proposal takes part, the box is what both views
+        show of the photo, and ids are N. Where that too is smaller than ``min_size``, the boxes
+        are the whole views and ids are -1: no match, to be masked in the loss.
+    """
+    moved = apply_boxes(transforms_a, proposals), apply_boxes(transforms_b, proposals)
+    boxes_a, boxes_b = clip(moved[0], size_a), clip(moved[1], size_b)
+    shared = np.ones(len(boxes_a), dtype=bool)
+    for whole, part, size in ((moved[0], boxes_a, size_a), (moved[1], boxes_b, size_b)):
+        shared &= _sides(part).min(1) >= min_size
+        shared &= visible_fraction(whole, size) >= min_visible
+    ids = rng.permutation(np.flatnonzero(shared))[:k]
+    if len(ids) == 0:
+        return _shared_window(transforms_a, transforms_b, size_a, size_b, k, min_size, len(shared))
+    ids = np.resize(ids, k).astype(np.int64)  # repeats them in turn
+    boxes_a = clip(_jitter(boxes_a[ids], jitter, jitter_p, rng), size_a)
+    return boxes_a.astype(np.float32), boxes_b[ids].astype(np.float32), ids
+
+
+def _jitter(boxes: np.ndarray, amount: float, p: float, rng) -> np.ndarray:
+    sides = _sides(boxes)
+    moved = rng.uniform(size=(len(boxes), 1)) < p
+    corner = boxes[:, :2] + moved * rng.uniform(-amount, amount, sides.shape) * sides
+    sides = sides * (1 + moved * rng.uniform(-amount, amount, sides.shape))
+    return np.concatenate([corner, corner + sides], axis=1)
+
+
+def _shared_window(transforms_a, transforms_b, size_a, size_b, k, min_size, free_id):
+    views = [(transforms_a, size_a), (transforms_b, size_b)]
+    in_photo = [apply_boxes(t.inverse(), [[0, 0, size, size]])[0] for t, size in views]
+    window = np.maximum(*in_photo)[:2].tolist() + np.minimum(*in_photo)[2:].tolist()
+    boxes = [clip(apply_boxes(t, [window]), size) for t, size in views]
+    overlap = window[0] < window[2] and window[1] < window[3]
+    if not (overlap and all(_sides(box).min() >= min_size for box in boxes)):
+        boxes, free_id = [np.array([[0, 0, size, size]]) for _, size in views], -1
+    boxes = [np.repeat(box, k, axis=0).astype(np.float32) for box in boxes]
+    return (*boxes, np.full(k, free_id, dtype=np.int64))
+
+
+def cut_out(
+    image: np.ndarray, boxes: np.ndarray, fill, p: float = 0.5, rng=np.random
+) -> np.ndarray:
+    """Cover, with probability p for each box, a square part of it (SoCo's cutout).
+
+    The square has U(0.1, 0.3) of the box's area and a centre uniform in the box; it may reach out
+    of a narrow box, never out of the image.
+
+    Args:
+        image: HxWx3. It is not changed.
+        boxes: Nx4 XYXY in pixels of the image.
+        fill: value of the 3 planes; the pixel mean becomes 0 after normalisation.
+    """
+    image = image.copy()
+    for x1, y1, x2, y2 in boxes:
+        if rng.uniform() < p:
+            half = np.sqrt(rng.uniform(0.1, 0.3) * (x2 - x1) * (y2 - y1)) / 2
+            x, y = rng.uniform(x1, x2), rng.uniform(y1, y2)
+            left, top = max(0, round(x - half)), max(0, round(y - half))
+            image[top : max(0, round(y + half)), left : max(0, round(x + half))] = fill
+    return image

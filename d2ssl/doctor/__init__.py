@@ -1,0 +1,45 @@
+"""What ``tools/doctor.py`` finds out: about the installation, and about a file of weights.
+
+    installation   needs nothing but Python, and reports what is missing or does not fit
+    weights        what a file would load into a detector, and whether that computes what it should
+"""
+
+import shutil
+import textwrap
+from dataclasses import dataclass
+from typing import Iterable
+
+OK, NOTE, WARN, FAIL = "OK", "", "WARN", "FAIL"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's account."""
+
+    status: str  # OK; NOTE: a fact, neither good nor bad; WARN: worth a look; FAIL: a problem
+    name: str
+    detail: str
+    fix: str = ""  # what to do about it, on every WARN and FAIL
+
+
+def table(findings: Iterable[Finding]) -> str:
+    """The findings as plain text, one below the other, wrapped to the terminal."""
+    findings = list(findings)
+    width = max(60, min(100, shutil.get_terminal_size((100, 24)).columns))
+    # A long config key stands alone on its line rather than pushing all details to the right.
+    column = max([len(f.name) for f in findings if len(f.name) <= 16], default=0)
+    indent = " " * (2 + 4 + 2 + column + 2)
+    lines = []
+    for f in findings:
+        head = f"  {f.status:<4}  {f.name:<{column}}  "
+        if len(head) > len(indent):
+            lines.append(head.rstrip())
+            head = indent
+        for text, first in ((f.detail, head), (f.fix, indent + "-> ")):
+            if text:
+                rest = indent + "   " * (first is not head)
+                lines += textwrap.wrap(
+                    text, width, initial_indent=first, subsequent_indent=rest,
+                    break_long_words=False, break_on_hyphens=False,
+                )  # fmt: skip
+    return "\n".join(lines)

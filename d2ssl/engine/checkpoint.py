@@ -1,0 +1,142 @@
+"""Checkpoints that are whole or absent, and a plain account of what a file of weights loads."""
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from typing import Dict, List
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from d2ssl.errors import D2SSLError
+from d2ssl.modeling.trunk import part_of
+
+
+@contextlib.contextmanager
+def atomic_open(path: str, mode: str):
+    """Open a temporary file beside ``path`` that takes its place when all is written."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, mode) as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+class _AtomicPaths:
+    """A path manager whose local writes are atomic."""
+
+    def __init__(self, manager):
+        self._manager = manager
+
+    def __getattr__(self, name):
+        return getattr(self._manager, name)
+
+    def open(self, path, mode="r", **kwargs):
+        if "w" in mode and "://" not in path:
+            return atomic_open(path, mode)
+        return self._manager.open(path, mode, **kwargs)
+
+
+@dataclass
+class MatchReport:
+    """What a file of weights did to a model, by state-dict name."""
+
+    path: str
+    loaded: List[str] = field(default_factory=list)
+    missing: List[str] = field(default_factory=list)  # in the model, not in the file
+    unused: List[str] = field(default_factory=list)  # in the file, not in the model
+    mismatched: List[str] = field(default_factory=list)  # in both, shapes differ
+
+    def by_part(self) -> Dict[str, Dict[str, int]]:
+        """part -> counts of loaded, missing and mismatched tensors."""
+        parts: Dict[str, Dict[str, int]] = {}
+        for kind in ("loaded", "missing", "mismatched"):
+            for name in getattr(self, kind):
+                row = parts.setdefault(part_of(name), dict(loaded=0, missing=0, mismatched=0))
+                row[kind] += 1
+        return parts
+
+    def __str__(self) -> str:
+        rows = [
+            f"  {part:<10}" + "  ".join(f"{count:4d} {kind}" for kind, count in row.items())
+            for part, row in self.by_part().items()
+        ]
+        unused = f"  {len(self.unused)} tensors of the file are not used" if self.unused else ""
+        return "\n".join(filter(None, [f"Weights {self.path}:", *rows, unused]))
+
+
+def _convolution_bias_to_norm(file: dict, model: dict) -> None:
+    """A stock FPN's convolutions have a bias; with a norm behind them it becomes the norm's.
+
+    Without this the bias would be dropped, and a pretrained FPN would compute something else.
+    """
+    for name in [n for n in file if n.endswith(".bias") and n not in model]:
+        moved = f"{name[:-5]}.norm.bias"
+        if moved in model and moved not in file:
+            file[moved] = file.pop(name)
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, writing atomically and reporting what it loaded."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.path_manager = _AtomicPaths(self.path_manager)
+        self._incompatible = None
+
+    def _load_model(self, checkpoint):
+        _convolution_bias_to_norm(checkpoint["model"], self.model.state_dict())
+        self._incompatible = super()._load_model(checkpoint)
+        return self._incompatible
+
+    def save_weights(self, name: str) -> str:
+        """Write ``<name>.pth`` with the model alone, not a state to resume from; its path."""
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        if self.save_to_disk:
+            model = getattr(self.model, "module", self.model)
+            with atomic_open(path, "wb") as file:
+                torch.save({"model": model.state_dict()}, file)
+        return path
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        """The match report says it better; the stock warning lists every name."""
+
+    def load_report(self, path: str) -> MatchReport:
+        """Load weights and say what they matched.
+
+        Raises:
+            D2SSLError: no such file, not a checkpoint, or not one tensor of it fits.
+        """
+        try:
+            self.load(path, checkpointables=[])
+        except (OSError, AssertionError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise D2SSLError(f"MODEL.WEIGHTS {path} cannot be loaded: {reason}") from error
+        except Exception as error:  # unpickling raises anything
+            raise D2SSLError(f"MODEL.WEIGHTS {path} is not a file of weights: {error}") from error
+        incompatible = self._incompatible
+        mismatched = [name for name, *_ in incompatible.incorrect_shapes]
+        absent = set(incompatible.missing_keys) | set(mismatched)
+        report = MatchReport(
+            path,
+            loaded=[name for name in self.model.state_dict() if name not in absent],
+            missing=[n for n in incompatible.missing_keys if n not in mismatched],
+            unused=list(incompatible.unexpected_keys),
+            mismatched=mismatched,
+        )
+        if not report.loaded:
+            raise D2SSLError(
+                f"MODEL.WEIGHTS {path}: not one tensor fits this model; is it for another backbone?"
+            )
+        return report
+
+
+def load_weights(model: nn.Module, path: str) -> MatchReport:
+    """Load weights into a model; an empty path loads nothing and reports all as missing."""
+    if not path:
+        return MatchReport("(none: random weights)", missing=list(model.state_dict()))
+    return Checkpointer(model).load_report(path)

@@ -1,0 +1,34 @@
+"""COCO AP with Detectron2's own evaluator."""
+
+import os
+from typing import Dict
+
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
+
+
+def build_evaluator(dataset_name: str, output_dir: str) -> COCOEvaluator:
+    """The official pycocotools evaluation; predictions are kept in ``output_dir``.
+
+    Ground truth that Detectron2 converts to a COCO file is converted anew: it would otherwise
+    reuse the file of an earlier run by name, even after labels were corrected.
+    """
+    if not hasattr(MetadataCatalog.get(dataset_name), "json_file"):
+        if comm.is_main_process():
+            for suffix in ("", ".lock"):
+                stale = os.path.join(output_dir, f"{dataset_name}_coco_format.json{suffix}")
+                if os.path.exists(stale):
+                    os.remove(stale)
+        comm.synchronize()
+    return COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
+
+
+def flatten(results: Dict[str, Dict[str, float]]) -> Dict[str, float]:
+    """{"segm": {"AP": 40.0}} -> {"segm/AP": 40.0}; NaN (no such objects) is left out."""
+    return {
+        f"{task}/{metric}": float(value)
+        for task, metrics in results.items()
+        for metric, value in metrics.items()
+        if value == value
+    }

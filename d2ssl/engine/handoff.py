@@ -1,0 +1,139 @@
+"""From the pretraining checkpoint to weights that stock Detectron2 fine-tunes."""
+
+import logging
+import os
+from typing import Dict
+
+import detectron2
+import torch
+from detectron2.modeling import build_model
+
+from d2ssl import __version__
+from d2ssl.config import finetune_cfg, pretrain_cfg, pretrained_path, stock_cfg
+from d2ssl.data.build import load_dicts, photos_at_test_size
+from d2ssl.engine.checkpoint import Checkpointer, atomic_open, load_weights
+from d2ssl.engine.trainer import find_method
+from d2ssl.modeling import norm
+from d2ssl.modeling.fingerprint import fingerprint, probe_image, relative_difference
+from d2ssl.modeling.trunk import Trunk, part_of
+
+logger = logging.getLogger("d2ssl")
+
+STOCK_PART = {"bottom_up": ("STEM", "RES"), "fpn": ("FPN",), "box_head": ("BOX_HEAD",)}
+
+
+def provenance(cfg) -> Dict:
+    """How the weights came about, and the conventions they only work under; plain values."""
+    pretrain, model = pretrain_cfg(cfg), cfg.MODEL
+    return {
+        "method": cfg.SSL.METHOD,
+        "trained": list(cfg.SSL.TRAIN),
+        "initial_weights": os.path.basename(model.WEIGHTS) or "random",
+        "datasets": list(cfg.SSL.DATASETS),
+        "num_photos": len(load_dicts(cfg.SSL.DATASETS)),
+        "iterations": pretrain.SOLVER.MAX_ITER,
+        "photos_per_iteration": pretrain.SOLVER.IMS_PER_BATCH,
+        "seed": cfg.SEED,
+        "versions": {
+            "d2ssl": __version__,
+            "detectron2": detectron2.__version__,
+            "torch": torch.__version__,
+        },
+        "config": {key: _get(cfg, key) for key in CONVENTIONS},
+    }
+
+
+# The config keys that change what weights compute without changing any tensor's shape, or that
+# say which network they are for.
+CONVENTIONS = (
+    "INPUT.FORMAT",
+    "MODEL.PIXEL_MEAN",
+    "MODEL.PIXEL_STD",
+    "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.RESNETS.DEPTH",
+    "MODEL.RESNETS.NORM",
+    "MODEL.RESNETS.RES5_DILATION",
+    "MODEL.FPN.NORM",
+    "MODEL.FPN.FUSE_TYPE",
+    "MODEL.FPN.OUT_CHANNELS",
+    "MODEL.ROI_BOX_HEAD.NAME",
+    "MODEL.ROI_BOX_HEAD.NUM_FC",
+    "MODEL.ROI_BOX_HEAD.NUM_CONV",
+    "MODEL.ROI_BOX_HEAD.NORM",
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE",
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION",
+    "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO",
+)
+
+
+def _get(cfg, key: str):
+    value = cfg
+    for name in key.split("."):
+        value = value[name]
+    return list(value) if isinstance(value, tuple) else value
+
+
+def hand_off(cfg) -> str:
+    """Turn the last pretraining checkpoint into ``model_pretrained.pth`` and ``stock.yaml``.
+
+    Norm statistics are recomputed at fine-tuning resolution, norms frozen, those of the FPN folded
+    into its convolutions. Whatever else ``MODEL.WEIGHTS`` held for the detector (RPN, mask head)
+    is passed on; what was neither trained nor loaded is left out. One process is enough.
+
+    Args:
+        cfg: the user's config.
+    Returns:
+        path of ``model_pretrained.pth``. It holds ``model``, tensors by stock names, and
+        ``d2ssl``: provenance, the probe image and the fingerprint of the network on it.
+    """
+    pretrain, finetune = pretrain_cfg(cfg), finetune_cfg(cfg)
+    method = find_method(pretrain.SSL.METHOD)(pretrain).to(cfg.MODEL.DEVICE)
+    checkpoint = os.path.join(pretrain.OUTPUT_DIR, "model_final.pth")
+    Checkpointer(method).load_report(checkpoint)
+
+    trunk = method.trunk
+    batches = photos_at_test_size(cfg, cfg.SSL.DATASETS, cfg.SSL.CALIBRATION_PHOTOS)
+    detector = build_model(finetune).eval()
+    if finetune.MODEL.RESNETS.NORM in ("FrozenBN", "BN", "SyncBN"):
+        norm.recalibrate(trunk, lambda b: trunk(detector.preprocess_image(b).tensor), batches)
+    trunk.roi_heads.box_pooler = detector.roi_heads.box_pooler  # it was scaled for the views
+    probe = probe_image()
+    trained = fingerprint(trunk.backbone, trunk.roi_heads, finetune, probe)
+
+    norm.freeze(trunk.backbone.bottom_up)
+    if finetune.MODEL.FPN.NORM == "":
+        norm.fold(trunk.backbone)
+    received = load_weights(detector, cfg.MODEL.WEIGHTS).loaded
+    parts = [p for p in cfg.SSL.TRAIN if p in method.trains]
+    state = {k: v for k, v in trunk.state_dict().items() if not k.endswith("num_batches_tracked")}
+    kept = [prefix for part in parts for prefix in STOCK_PART[part]]
+    state = {k: v for k, v in state.items() if part_of(k).startswith(tuple(kept))}
+    detector.load_state_dict(state, strict=False)
+    values = fingerprint(detector.backbone, detector.roi_heads, finetune, probe)
+    _check_same(trained, values, parts)
+
+    everything = detector.state_dict()
+    names = [k for k in everything if k in state or k in received]
+    content = {
+        "model": {k: everything[k].detach().cpu().clone() for k in names},
+        "d2ssl": {**provenance(cfg), "probe": probe, "fingerprint": values},
+    }
+    path = pretrained_path(cfg)
+    with atomic_open(path, "wb") as file:
+        torch.save(content, file)
+    with atomic_open(os.path.join(os.path.dirname(path), "stock.yaml"), "w") as file:
+        file.write(stock_cfg(cfg).dump())
+    logger.info("Handed off %d tensors of %s: %s", len(names), ", ".join(parts), path)
+    return path
+
+
+def _check_same(trained: Dict, handed: Dict, parts) -> None:
+    """The stock detector must compute what the pretrained trunk does, as far as it was handed."""
+    for name, value in handed.items():
+        if name == "box_head" and "box_head" not in parts or name[0] == "p" and "fpn" not in parts:
+            continue
+        difference = relative_difference(value, trained[name])
+        if not difference < 1e-3:
+            raise RuntimeError(
+                f"hand-off changed {name} by {difference:.2g}: this is a bug in d2ssl, please report"
+            )

@@ -1,0 +1,39 @@
+"""bf16 where it is fast and harmless, on any device."""
+
+import torch
+from detectron2.modeling.poolers import ROIPooler
+from torch import nn
+
+# Their outputs enter losses and box arithmetic.
+_OUTPUT_MODULES = ("rpn_head", "box_predictor", "predictor")
+
+
+def apply_precision(model: nn.Module, bf16: bool) -> nn.Module:
+    """Run ``model.forward`` in bf16 autocast with channels_last weights, in place.
+
+    Detectron2's ``AMPTrainer`` is CUDA and fp16 only. bf16 has the range of fp32, so no gradient
+    scaling is needed. Three things stay fp32: RoIAlign (its boxes would be rounded to the
+    features' dtype: 517.3 becomes 516), everything behind the heads, and the losses.
+    """
+    if not bf16:
+        return model
+    model.to(memory_format=torch.channels_last)
+    device = next(model.parameters()).device.type
+    model.forward = torch.autocast(device, dtype=torch.bfloat16)(model.forward)
+    for name, module in model.named_modules():
+        if isinstance(module, ROIPooler):
+            module.register_forward_pre_hook(_float_features)
+        elif name.rsplit(".", 1)[-1] in _OUTPUT_MODULES:
+            module.register_forward_hook(_float_output)
+    return model
+
+
+def _float_features(pooler, args):
+    features, *rest = args
+    return [f.float() for f in features], *rest
+
+
+def _float_output(module, args, output):
+    if isinstance(output, torch.Tensor):
+        return output.float()
+    return type(output)(_float_output(module, args, item) for item in output)

@@ -1,0 +1,357 @@
+"""The trainers of both stages: Detectron2's ``DefaultTrainer`` with other parts built in."""
+
+import contextlib
+import logging
+import os
+import weakref
+from typing import Dict, List, Set, Tuple
+
+import torch
+from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils import comm
+from torch import nn
+
+import d2ssl.modeling.methods  # noqa: F401  registers the pretext methods
+from d2ssl.data.build import (
+    build_finetune_loader,
+    build_pretrain_loader,
+    build_validation_batches,
+    photos_at_test_size,
+)
+from d2ssl.engine import hooks as d2ssl_hooks
+from d2ssl.engine.checkpoint import Checkpointer, MatchReport, load_weights
+from d2ssl.engine.coco import build_evaluator, flatten
+from d2ssl.engine.launch import distribute
+from d2ssl.engine.precision import apply_precision
+from d2ssl.engine.solver import build_optimizer, loaded_rise, main_schedule, named_leaves
+from d2ssl.errors import D2SSLError
+from d2ssl.modeling import norm
+from d2ssl.modeling.methods.base import PretextMethod, require_two_photos
+from d2ssl.modeling.trunk import part_of
+
+logger = logging.getLogger("d2ssl")
+
+
+class Trainer(DefaultTrainer):
+    """What both stages share.
+
+    ``DefaultTrainer`` builds the optimizer before it loads weights, its mixed precision is CUDA
+    only and its DistributedDataParallel fails on a CPU; so the parts are put together here, in the
+    order that norms need: model, weights, norms, precision, processes, optimizer. The loop and
+    its hooks stay Detectron2's.
+
+    Args:
+        cfg: the stage's own config.
+        resume: continue from the last checkpoint in ``cfg.OUTPUT_DIR``, if there is one.
+    """
+
+    find_unused_parameters = False
+
+    def __init__(self, cfg, resume: bool = False):
+        TrainerBase.__init__(self)
+        self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.loaded_parts: Set[str] = set()
+        self.last_results: dict = {}
+        self.loader = self.build_train_loader(cfg)
+        torch.manual_seed(cfg.SEED)  # random weights are the same in every run of a seed
+        self.module = self.build_model(cfg)
+        resume = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+        if not resume:
+            self.start_from(load_weights(self.weights_target(), cfg.MODEL.WEIGHTS))
+        norm.synchronize(self.module)
+        apply_precision(self.module, self.uses_bf16())
+        optimizer = self.build_optimizer(cfg, self.module)
+        model = distribute(self.module, self.find_unused_parameters)
+        self._trainer = SimpleTrainer(model, self.loader, optimizer)
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.register_hooks(self.build_hooks())
+        if resume:
+            self.checkpointer.resume_or_load("", resume=True)
+            self.start_iter = self.iter + 1
+            self.loader.start_iter = self.start_iter
+            logger.info("Resumed after iteration %d", self.iter)
+
+    # What a stage fills in.
+
+    def weights_target(self) -> nn.Module:
+        """The module that ``MODEL.WEIGHTS`` is loaded into."""
+        return self.module
+
+    def start_from(self, report: MatchReport) -> None:
+        """Make the norms fit, after weights were loaded for a fresh start."""
+        logger.info("%s", report)
+
+    def uses_bf16(self) -> bool:
+        raise NotImplementedError
+
+    @classmethod
+    def parameters_by_part(cls, model) -> Dict[str, List[Tuple[nn.Module, str]]]:
+        """part -> list of (module, parameter name in it)."""
+        raise NotImplementedError
+
+    def lr_multiple(self, part: str, iteration: int) -> float:
+        """lr of a part at an iteration, as a multiple of BASE_LR."""
+        raise NotImplementedError
+
+    def stage_hooks(self) -> list:
+        """Hooks that run before the checkpointer."""
+        raise NotImplementedError
+
+    # What Detectron2's trainer asks for.
+
+    def build_hooks(self):
+        cfg = self.cfg
+        found = [
+            hooks.IterationTimer(),
+            d2ssl_hooks.LearningRate(self.optimizer, cfg.SOLVER.BASE_LR, self.lr_multiple),
+            d2ssl_hooks.SeedEachIteration(cfg.SEED),
+            *self.stage_hooks(),
+        ]
+        if comm.is_main_process():
+            found.append(
+                hooks.PeriodicCheckpointer(
+                    self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=2
+                )
+            )
+        if cfg.DATASETS.TEST:
+            found.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate))
+        if comm.is_main_process():
+            found.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return found
+
+    def evaluate(self) -> dict:
+        return self.test(self.cfg, self.module)
+
+    def train(self):
+        """Run what is left of the training.
+
+        Raises:
+            D2SSLError: the loss became infinite or NaN.
+        """
+        try:
+            TrainerBase.train(self, self.start_iter, self.max_iter)
+        except FloatingPointError as error:
+            raise D2SSLError(
+                f"{str(error).splitlines()[0]} Lower SOLVER.BASE_LR (SSL.SOLVER.BASE_LR while "
+                "pretraining), or set SOLVER.CLIP_GRADIENTS.ENABLED True"
+            ) from error
+
+    # v0.6's DefaultTrainer forgets the optimizer: momentum would restart at zero on resume.
+
+    def state_dict(self):
+        return {
+            **TrainerBase.state_dict(self),
+            "optimizer": self.optimizer.state_dict(),
+            "loaded_parts": sorted(self.loaded_parts),
+        }
+
+    def load_state_dict(self, state_dict):
+        TrainerBase.load_state_dict(self, state_dict)
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.loaded_parts = set(state_dict["loaded_parts"])
+
+
+class PretrainTrainer(Trainer):
+    """Trains a pretext method; ``cfg`` is a :func:`d2ssl.config.pretrain_cfg`."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        method = find_method(cfg.SSL.METHOD)
+        require_two_photos(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())
+        return build_pretrain_loader(cfg, method.views(cfg), method.view_pairs)
+
+    @classmethod
+    def build_model(cls, cfg):
+        return build_model(cfg)
+
+    def weights_target(self):
+        return self.module.trunk
+
+    def start_from(self, report):
+        super().start_from(report)
+        method = self.module
+        parts = {"FPN": "FPN", "BOX_HEAD": "BOX_HEAD"}
+        self.loaded_parts = {parts.get(part_of(name), "BOTTOM_UP") for name in report.loaded}
+        if report.loaded:
+            names = norm.calibrate(
+                method.trunk, method, self._calibration_batches(), only=report.loaded
+            )
+            logger.info("%d norms switched to batch statistics of these photos", len(names))
+        norm.refuse_uncalibrated(method.trunk)
+        method.reset_twins()
+
+    def _calibration_batches(self):
+        """The first views that training will draw; the same in every process."""
+        photos = min(self.cfg.SSL.CALIBRATION_PHOTOS, len(self.loader.stream.dicts))
+        step = min(photos, 8)
+        for first in range(0, photos, step):
+            yield [self.loader.stream[i] for i in range(first, min(first + step, photos))]
+
+    def uses_bf16(self):
+        return self.cfg.SSL.PRECISION == "bf16"
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        return build_optimizer(cfg.SOLVER, cfg.SOLVER.OPTIMIZER, cls.parameters_by_part(model))
+
+    @classmethod
+    def parameters_by_part(cls, model):
+        return {
+            part: [(owner, leaf) for m in modules for _, owner, leaf in named_leaves(m)]
+            for part, modules in model.parameter_parts().items()
+        }
+
+    def lr_multiple(self, part, iteration):
+        solver = self.cfg.SOLVER
+        value = main_schedule(solver, solver.LR_FLOOR)(iteration)
+        if part in self.loaded_parts:
+            value = min(value, loaded_rise(iteration, self.max_iter, solver.LOADED_LR_FACTOR))
+        return value * solver.LR_FACTOR[part]
+
+    def stage_hooks(self):
+        return [
+            d2ssl_hooks.MoveTwins(self.module, self.cfg.SSL.MOMENTUM),
+            d2ssl_hooks.CollapseMeter(self.module),
+        ]
+
+
+class FinetuneTrainer(Trainer):
+    """Trains the stock detector; ``cfg`` is a :func:`d2ssl.config.finetune_cfg`."""
+
+    def __init__(self, cfg, resume=False):
+        self.find_unused_parameters = bool(cfg.SSL.FINETUNE.FROZEN_PARTS)
+        super().__init__(cfg, resume)
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_finetune_loader(cfg)
+
+    @classmethod
+    def build_model(cls, cfg):
+        return build_model(cfg)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+    def start_from(self, report):
+        super().start_from(report)
+        cfg, backbone = self.cfg, self.module.backbone
+        random = not any(part_of(name).startswith(("STEM", "RES")) for name in report.loaded)
+        if random and cfg.MODEL.BACKBONE.FREEZE_AT > 0:
+            raise D2SSLError(
+                f"MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT} would freeze random "
+                "weights for good; set it to 0, or give MODEL.WEIGHTS"
+            )
+        wanted = cfg.SSL.FINETUNE.CALIBRATE_NORMS
+        if wanted == "always" or (wanted == "auto" and random):
+            self._calibrate(backbone)
+        norm.refuse_uncalibrated(backbone)
+
+    def _calibrate(self, backbone: nn.Module) -> None:
+        """Give frozen norms the statistics of the training photos at test size."""
+        cfg, module = self.cfg, self.module
+        if not any(isinstance(m, FrozenBatchNorm2d) for m in backbone.modules()):
+            return
+        batches = photos_at_test_size(cfg, cfg.DATASETS.TRAIN, cfg.SSL.CALIBRATION_PHOTOS)
+        trainable = {p for p in backbone.parameters() if p.requires_grad}
+        norm.unfreeze(backbone)
+        norm.recalibrate(backbone, lambda b: backbone(module.preprocess_image(b).tensor), batches)
+        norm.freeze(backbone)
+        for parameter in backbone.parameters():
+            parameter.requires_grad_(parameter in trainable)
+        logger.info("Norm statistics measured on %d photos", len(batches))
+
+    def uses_bf16(self):
+        return self.cfg.SOLVER.AMP.ENABLED
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        name = cfg.SSL.FINETUNE.OPTIMIZER
+        return build_optimizer(cfg.SOLVER, name, cls.parameters_by_part(model))
+
+    @classmethod
+    def parameters_by_part(cls, model):
+        parts: Dict[str, list] = {}
+        for name, module, leaf in named_leaves(model):
+            parts.setdefault(part_of(name), []).append((module, leaf))
+        return parts
+
+    def lr_multiple(self, part, iteration):
+        options = self.cfg.SSL.FINETUNE
+        return main_schedule(self.cfg.SOLVER, options.LR_FLOOR)(iteration) * options.LR_FACTOR[part]
+
+    def stage_hooks(self):
+        cfg, options = self.cfg, self.cfg.SSL.FINETUNE
+        self.averaged = None
+        found = []
+        if options.FROZEN_PARTS:
+            frozen = [
+                getattr(module, leaf)
+                for part, leaves in self.parameters_by_part(self.module).items()
+                if part in options.FROZEN_PARTS
+                for module, leaf in leaves
+            ]
+            found.append(d2ssl_hooks.Unfreeze(frozen, options.UNFREEZE_ITER))
+        if options.EMA_DECAY > 0:
+            self.averaged = d2ssl_hooks.AveragedWeights(self.module, options.EMA_DECAY)
+            found.append(self.averaged)
+        if options.VAL_LOSS and cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST:
+            batches = build_validation_batches(cfg, cfg.DATASETS.TEST)
+            found.append(
+                d2ssl_hooks.ValidationLoss(cfg.TEST.EVAL_PERIOD, self.module, batches, cfg.SEED)
+            )
+        if options.DEV_DATASET:
+            found.append(
+                d2ssl_hooks.KeepBest(
+                    cfg.TEST.EVAL_PERIOD,
+                    self.evaluate_on_dev,
+                    self.save_weights,
+                    "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP",
+                )
+            )
+        return found
+
+    @contextlib.contextmanager
+    def _reported_weights(self):
+        """Inside, the model holds the averaged weights, where there are any."""
+        if not self.averaged:
+            yield
+            return
+        self.averaged.swap()
+        try:
+            yield
+        finally:
+            self.averaged.swap()
+
+    def evaluate(self, cfg=None) -> dict:
+        """Results on ``DATASETS.TEST``, with the averaged weights where there are any."""
+        with self._reported_weights():
+            results = self.test(cfg or self.cfg, self.module)
+        if cfg is None:
+            self.last_results = results
+        return results
+
+    def evaluate_on_dev(self) -> Dict[str, float]:
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATASETS.TEST = (cfg.SSL.FINETUNE.DEV_DATASET,)
+        cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "dev")
+        return flatten(self.evaluate(cfg))
+
+    def save_weights(self, name: str) -> str:
+        """Write ``<name>.pth`` with the weights that results are reported for; its path."""
+        with self._reported_weights():
+            return self.checkpointer.save_weights(name)
+
+
+def find_method(name: str) -> type:
+    """The pretext method registered under a name; raises :class:`D2SSLError` if there is none."""
+    methods = {n: c for n, c in META_ARCH_REGISTRY if issubclass(c, PretextMethod)}
+    if name not in methods:
+        raise D2SSLError(f"SSL.METHOD {name}: choose from {', '.join(sorted(methods))}")
+    return methods[name]

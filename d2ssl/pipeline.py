@@ -1,0 +1,145 @@
+"""The main job, stage by stage: pretrain, hand off, fine-tune, evaluate, report."""
+
+import json
+import logging
+import os
+from typing import Dict
+
+from detectron2.evaluation import print_csv_format
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.logger import setup_logger
+
+from d2ssl.config import finetune_cfg, pretrain_cfg, pretrained_path
+from d2ssl.data.build import register_datasets
+from d2ssl.engine.checkpoint import atomic_open, load_weights
+from d2ssl.engine.handoff import hand_off
+from d2ssl.engine.precision import apply_precision
+from d2ssl.engine.trainer import FinetuneTrainer, PretrainTrainer
+from d2ssl.errors import D2SSLError
+from d2ssl.report.html import write_report
+from d2ssl.report.pictures import PutPictures
+
+logger = logging.getLogger("d2ssl")
+
+STAGES = ("pretrain", "finetune", "all")
+
+
+def set_up(cfg) -> None:
+    """Loggers, the output folder with the config in it, and the data sets of a run."""
+    rank = comm.get_rank()
+    register_datasets(cfg)
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    for name in ("fvcore", "detectron2", "d2ssl"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+    if comm.is_main_process():
+        logger.debug("%s", collect_env_info())
+        with atomic_open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
+            file.write(cfg.dump())
+    logger.info("Output goes to %s; %d process(es) on %s", cfg.OUTPUT_DIR, comm.get_world_size(),
+                cfg.MODEL.DEVICE)  # fmt: skip
+
+
+def run(cfg, stage: str = "all", resume: bool = False) -> Dict:
+    """Run the enabled stages; each process of a distributed run calls it.
+
+    Args:
+        cfg: the user's frozen config, see :func:`d2ssl.config.load_cfg`.
+        stage: ``pretrain``, ``finetune`` or ``all``.
+        resume: continue a stage from its last checkpoint; what is finished is not repeated.
+    Returns:
+        the COCO results, {"bbox": {"AP": ...}, "segm": {...}}; empty without fine-tuning.
+    """
+    set_up(cfg)
+    results = {}
+    if cfg.SSL.ENABLED and stage in ("pretrain", "all"):
+        pretrain(cfg, resume)
+    if stage in ("finetune", "all"):
+        results = finetune(cfg, resume)
+    if comm.is_main_process():
+        logger.info("Report: %s", write_report(cfg))
+    return results
+
+
+def pretrain(cfg, resume: bool = False) -> None:
+    """Pretrain and hand off."""
+    stage = pretrain_cfg(cfg)
+    if not (resume and _finished(stage) and os.path.isfile(pretrained_path(cfg))):
+        _start(stage, resume)
+        trainer = PretrainTrainer(stage, resume)
+        trainer.register_hooks([PutPictures.of_views(cfg, trainer)])
+        trainer.train()
+        if comm.is_main_process():
+            hand_off(cfg)
+    comm.synchronize()
+
+
+def finetune(cfg, resume: bool = False) -> Dict:
+    """Fine-tune from the hand-off, or from ``MODEL.WEIGHTS``, and evaluate."""
+    stage = finetune_cfg(cfg)
+    if cfg.SSL.ENABLED and not os.path.isfile(stage.MODEL.WEIGHTS):
+        raise D2SSLError(
+            f"{stage.MODEL.WEIGHTS}: no such file; run --stage pretrain first, or set "
+            "SSL.ENABLED False"
+        )
+    _start(stage, resume)
+    trainer = FinetuneTrainer(stage, resume)
+    trainer.train()
+    weights = trainer.save_weights("model_result")
+    results = trainer.last_results
+    if results and comm.is_main_process():
+        _write_results(stage, results, weights)
+    return results
+
+
+def evaluate_only(cfg) -> Dict:
+    """Evaluate ``cfg.MODEL.WEIGHTS`` on ``cfg.DATASETS.TEST``."""
+    if not cfg.MODEL.WEIGHTS:
+        raise D2SSLError("--eval-only needs MODEL.WEIGHTS path/to/model_result.pth")
+    set_up(cfg)
+    model = build_model(cfg)
+    report = load_weights(model, cfg.MODEL.WEIGHTS)
+    if report.missing or report.mismatched:
+        logger.warning("Not all of the detector is in this file.\n%s", report)
+    apply_precision(model, cfg.SOLVER.AMP.ENABLED)
+    results = FinetuneTrainer.test(cfg, model)
+    if comm.is_main_process():
+        _write_results(cfg, results, cfg.MODEL.WEIGHTS)
+    return results
+
+
+def _start(stage, resume: bool) -> None:
+    """A stage that is not resumed starts over: what an earlier run logged is removed."""
+    if comm.is_main_process():
+        os.makedirs(stage.OUTPUT_DIR, exist_ok=True)
+        if not resume:
+            for name in ("metrics.json", "last_checkpoint", "results.json"):
+                path = os.path.join(stage.OUTPUT_DIR, name)
+                if os.path.exists(path):
+                    os.remove(path)
+    comm.synchronize()
+
+
+def _finished(stage) -> bool:
+    last = os.path.join(stage.OUTPUT_DIR, "last_checkpoint")
+    if not os.path.isfile(last):
+        return False
+    with open(last) as file:
+        return file.read().strip() == "model_final.pth"
+
+
+def _write_results(cfg, results: Dict, weights: str) -> None:
+    content = {
+        "results": results,
+        "weights": weights,
+        "test": list(cfg.DATASETS.TEST),
+        "train": list(cfg.DATASETS.TRAIN),
+        "iterations": cfg.SOLVER.MAX_ITER,
+        "seed": cfg.SEED,
+    }
+    path = os.path.join(cfg.OUTPUT_DIR, "results.json")
+    with atomic_open(path, "w") as file:
+        json.dump(content, file, indent=1)
+    logger.info("Results: %s", path)
+    print_csv_format(results)

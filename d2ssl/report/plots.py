@@ -1,0 +1,124 @@
+"""Curves of a run, from the ``metrics.json`` that Detectron2 writes."""
+
+import io
+import json
+import os
+from typing import Dict, List, Optional, Tuple
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+# One mid grey for axes and text: legible on white and on black, so figures can be transparent.
+GREY = "#7b828c"
+BLUE, ORANGE, GREEN, PURPLE = "#3a87d0", "#e08428", "#2fa36b", "#9a72cf"
+PARTS = ("#4fb3a5", "#c9a227", "#d0679d", "#8d7fd1", "#8aa64a", "#b07a52")
+
+Metrics = Dict[int, Dict[str, float]]
+
+
+def read_metrics(path: str) -> Metrics:
+    """iteration -> {name: value}, in order of iterations; empty without the file.
+
+    A resumed run logs some iterations again: the last value counts. A line that a killed run left
+    unfinished is skipped.
+    """
+    if not os.path.isfile(path):
+        return {}
+    metrics: Metrics = {}
+    with open(path) as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict) and "iteration" in row:
+                metrics.setdefault(int(row.pop("iteration")), {}).update(row)
+    return dict(sorted(metrics.items()))
+
+
+def series(metrics: Metrics, name: str) -> Tuple[List[int], List[float]]:
+    """Iterations and values of one scalar, where it was logged."""
+    points = [(i, row[name]) for i, row in metrics.items() if name in row]
+    return [i for i, _ in points], [value for _, value in points]
+
+
+def component_names(metrics: Metrics) -> List[str]:
+    """The losses that ``total_loss`` is the sum of."""
+    return sorted({name for row in metrics.values() for name in row if name.startswith("loss_")})
+
+
+def plot_losses(metrics: Metrics, known_range: Optional[Tuple[float, float]] = None) -> bytes:
+    """Total loss, its components and, where logged, the validation loss.
+
+    Args:
+        known_range: values that the total can take, drawn as a band.
+    Returns:
+        an SVG file, as all plots here; empty if nothing was logged.
+    """
+    lines = [(name, name[5:], PARTS[i % len(PARTS)], 1.0)
+             for i, name in enumerate(component_names(metrics))]  # fmt: skip
+    if len(lines) == 1:
+        lines = []  # it is the total
+    lines += [("total_loss", "total", BLUE, 2.0), ("val_total_loss", "total, test photos", ORANGE, 2.0)]
+    return _plot(metrics, lines, "loss", band=known_range, band_label="possible range of the total")
+
+
+def plot_spread(metrics: Metrics, warn_below: float = 0.1) -> bytes:
+    """Spread of the embeddings, 0 (collapsed) to 1, with the level that is warned about."""
+    lines = [("embedding_spread", "spread of the embeddings", GREEN, 2.0)]
+    band = (0.0, warn_below)
+    return _plot(metrics, lines, "spread", (0, 1.05), band, "collapse is warned about")
+
+
+def plot_learning_rate(metrics: Metrics) -> bytes:
+    """The highest learning rate of all parameter groups."""
+    return _plot(metrics, [("lr", "highest learning rate", PURPLE, 2.0)], "learning rate", (0, None))
+
+
+def plot_ap(metrics: Metrics) -> bytes:
+    """AP of masks and boxes, in percent, at each evaluation."""
+    lines = [("segm/AP", "masks", BLUE, 2.0), ("bbox/AP", "boxes", ORANGE, 2.0)]
+    return _plot(metrics, lines, "AP (%)", (0, None))
+
+
+def _plot(metrics, lines, ylabel, ylim=(None, None), band=None, band_label="") -> bytes:
+    with matplotlib.rc_context(
+        {
+            "svg.fonttype": "path",  # looks the same wherever it is read
+            "svg.hashsalt": "d2ssl",
+            "text.color": GREY,
+            "axes.labelcolor": GREY,
+            "axes.edgecolor": GREY,
+            "xtick.color": GREY,
+            "ytick.color": GREY,
+            "font.size": 10,
+        }
+    ):
+        figure = Figure(figsize=(5.2, 3.1))
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        for name, label, color, width in lines:
+            x, y = series(metrics, name)
+            if x:
+                marker = "o" if len(x) <= 12 else None
+                axes.plot(x, y, color=color, linewidth=width, label=label, marker=marker, markersize=4)
+        if not axes.lines:
+            return b""
+        if band:
+            axes.axhspan(*band, color=GREY, alpha=0.13, linewidth=0, label=band_label, zorder=0)
+        axes.set_ylim(*ylim)
+        axes.set_xlabel("iteration")
+        axes.set_ylabel(ylabel)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.8)
+        axes.set_axisbelow(True)
+        columns = 3 if len(axes.get_legend_handles_labels()[0]) > 4 else 2
+        axes.legend(
+            loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncol=columns, frameon=False, fontsize=9
+        )
+        file = io.BytesIO()
+        figure.savefig(
+            file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
+        )
+        return file.getvalue()

@@ -1,0 +1,32 @@
+import pytest
+from detectron2.data import DatasetCatalog
+from PIL import Image
+
+from d2ssl.data.datasets import register_image_folder
+from d2ssl.errors import D2SSLError
+
+
+def test_photos_of_all_subfolders_in_order(tmp_path):
+    for name in ("b.JPG", "a/z.jpeg", "a/deep/x.png", "c.webp", ".hidden.jpg", ".thumbs/t.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 30)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no photo")
+    register_image_folder("test_folder", str(tmp_path))
+    names = ["a/deep/x.png", "a/z.jpeg", "b.JPG", "c.webp"]
+    assert DatasetCatalog.get("test_folder") == [
+        {"file_name": str(tmp_path / name), "image_id": i, "height": 30, "width": 20}
+        for i, name in enumerate(names)
+    ]
+
+
+def test_bad_folders_are_named_when_used(tmp_path):
+    register_image_folder("test_folder", str(tmp_path / "gone"))
+    with pytest.raises(D2SSLError, match="gone: no such folder"):
+        DatasetCatalog.get("test_folder")
+    (tmp_path / "notes.txt").write_text("no photo")
+    register_image_folder("test_folder", tmp_path)
+    with pytest.raises(D2SSLError, match="no photo in it"):
+        DatasetCatalog.get("test_folder")
+    (tmp_path / "bad.jpg").write_text("no photo")
+    with pytest.raises(D2SSLError, match="bad.jpg: cannot be read"):
+        DatasetCatalog.get("test_folder")

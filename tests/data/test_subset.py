@@ -1,0 +1,119 @@
+import json
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from PIL import Image
+
+from d2ssl.data.datasets import ensure_registered, register_balloon, register_dataset
+from d2ssl.errors import D2SSLError
+
+
+@pytest.fixture
+def base(request):
+    """A set of 20 entries; one name a test, since Detectron2's catalogs are global."""
+    name = f"base_{request.node.originalname}"
+    entries = [{"file_name": f"{i}.jpg", "image_id": i} for i in range(20)]
+    register_dataset(name, lambda: entries, thing_classes=["a", "b"], evaluator_type="coco")
+    return name
+
+
+def ids(name):
+    ensure_registered([name])
+    return [d["image_id"] for d in DatasetCatalog.get(name)]
+
+
+def test_first_entries(base):
+    assert ids(f"{base}@16") == list(range(16))
+    assert ids(base) == ids(f"{base}@20") == list(range(20))
+
+
+def test_seeded_choices_nest_and_keep_the_order(base):
+    choices = {n: ids(f"{base}@{n}#seed3") for n in (1, 4, 8, 16, 20)}
+    for n, choice in choices.items():
+        assert len(set(choice)) == n and choice == sorted(choice)
+    for small, large in zip((1, 4, 8, 16), (4, 8, 16, 20)):
+        assert set(choices[small]) < set(choices[large])
+    assert choices[8] != list(range(8))
+
+
+def test_seeds_differ_and_cover_the_set(base):
+    drawn = [tuple(ids(f"{base}@5#seed{seed}")) for seed in range(60)]
+    assert len(set(drawn)) > 50
+    counts = [sum(i in choice for choice in drawn) for i in range(20)]
+    assert min(counts) >= 4  # 15 expected, standard deviation 3.4
+
+
+def test_a_choice_never_changes(base):
+    assert ids(f"{base}@4#seed0") == [1, 8, 18, 19]
+
+
+def test_nothing_is_read_before_use(request):
+    name = f"lazy_{request.node.name}"
+
+    def fail():
+        raise AssertionError("read too early")
+
+    register_dataset(name, fail)
+    ensure_registered([name, f"{name}@4", f"{name}@4#seed1"])
+    with pytest.raises(AssertionError, match="read too early"):
+        DatasetCatalog.get(f"{name}@4")
+
+
+def test_metadata_is_copied(base):
+    ensure_registered([f"{base}@3"])
+    metadata = MetadataCatalog.get(f"{base}@3")
+    assert metadata.thing_classes == ["a", "b"] and metadata.evaluator_type == "coco"
+    assert metadata.name == f"{base}@3"
+
+
+def test_part_of_a_coco_set(tmp_path):
+    """COCO's loader fills its metadata late, and its JSON must not stand for the part."""
+    Image.new("RGB", (8, 6)).save(tmp_path / "0.jpg")
+    images = [{"id": i, "file_name": "0.jpg", "height": 6, "width": 8} for i in range(3)]
+    content = {"images": images, "annotations": [], "categories": [{"id": 7, "name": "cat"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    register_coco_instances("test_coco", {}, str(tmp_path / "coco.json"), str(tmp_path))
+    assert ids("test_coco@2") == [0, 1]
+    metadata = MetadataCatalog.get("test_coco@2")
+    assert metadata.thing_classes == ["cat"]
+    assert metadata.thing_dataset_id_to_contiguous_id == {7: 0}
+    assert not hasattr(metadata, "json_file")
+
+
+def test_more_than_there_are(base):
+    for name in (f"{base}@21", f"{base}@21#seed0"):
+        ensure_registered([name])
+        with pytest.raises(D2SSLError, match="has only 20 entries"):
+            DatasetCatalog.get(name)
+
+
+@pytest.mark.parametrize("part", ["@", "@0", "@-3", "@x", "@4#3", "@4#seed", "@4 "])
+def test_malformed_part(base, part):
+    with pytest.raises(D2SSLError, match=rf"cannot tell which part.*{base}@16#seed3"):
+        ensure_registered([base + part])
+
+
+@pytest.mark.parametrize("part", ["", "@16", "@16#seed3"])
+def test_unknown_name_gets_the_nearest(part):
+    with pytest.raises(D2SSLError, match=f"did you mean 'balloon_train{part}'"):
+        ensure_registered(["ballon_train" + part])
+    with pytest.raises(D2SSLError, match="register it first"):
+        ensure_registered(["zzzzqqqq" + part])
+
+
+def test_first_sixteen_of_the_story(shared):
+    register_balloon(shared / "data")
+    ensure_registered(["balloon_train@16"])
+    raw = json.loads((shared / "data/balloon/train/via_region_data.json").read_text())
+    expected = [entry["filename"] for entry in raw.values()][:16]
+    part = DatasetCatalog.get("balloon_train@16")
+    assert [d["file_name"].rsplit("/", 1)[1] for d in part] == expected
+    assert all(d["annotations"] for d in part)
+
+
+def test_a_set_whose_own_name_has_an_at_sign(base):
+    register_dataset("my@set", lambda: [{"image_id": 5}, {"image_id": 6}])
+    assert ids("my@set@1") == [5]
+    with pytest.raises(D2SSLError, match=f"did you mean '{base}@2'"):
+        ensure_registered([f"{base}@4@2"])

@@ -1,0 +1,64 @@
+import pytest
+
+from d2ssl.config import finetune_cfg, load_cfg, pretrain_cfg, stock_cfg
+from d2ssl.errors import D2SSLError
+
+PHOTOS = ["SSL.DATASETS", "('photos',)"]
+
+
+def test_stages_share_the_network():
+    cfg = load_cfg(opts=[*PHOTOS, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"])
+    pretrain, finetune = pretrain_cfg(cfg), finetune_cfg(cfg)
+    assert pretrain.MODEL.RESNETS.NORM == "BN" and pretrain.MODEL.BACKBONE.FREEZE_AT == 0
+    assert finetune.MODEL.RESNETS.NORM == "FrozenBN" and finetune.MODEL.BACKBONE.FREEZE_AT == 2
+    assert pretrain.MODEL.PIXEL_MEAN == finetune.MODEL.PIXEL_MEAN
+    assert pretrain.INPUT == finetune.INPUT
+    assert pretrain.SOLVER == cfg.SSL.SOLVER and finetune.SOLVER == cfg.SOLVER
+    assert pretrain.DATASETS.TRAIN == ("photos",)
+    assert finetune.MODEL.WEIGHTS.endswith("pretrain/model_pretrained.pth")
+
+
+def test_without_ssl_finetuning_starts_from_the_users_weights():
+    cfg = load_cfg(opts=["SSL.ENABLED", "False", "MODEL.WEIGHTS", "a.pkl"])
+    assert finetune_cfg(cfg).MODEL.WEIGHTS == "a.pkl"
+
+
+def test_stock_config_is_plain_detectron2():
+    from detectron2.config import get_cfg
+
+    stock = get_cfg()
+    stock.merge_from_other_cfg(stock_cfg(load_cfg(opts=PHOTOS)))
+    assert "SSL" not in stock
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["SSL.METOD", "SoCo"], "SSL.METOD does not exist; the nearest is SSL.METHOD"),
+        (["SSL.SOLVER.BASE_RL", "1"], "nearest is SSL.SOLVER.BASE_LR"),
+        (["SSL.INPUT.VIEW_SIZE", "200"], "multiple of 32, e.g. 192"),
+        (["SSL.TRAIN", "['neck']"], "SSL.TRAIN neck: choose from bottom_up, fpn, box_head"),
+        (["SSL.DATASETS", "()"], "SSL.DATASETS is empty"),
+        (["SSL.PRECISION", "fp16"], "choose from bf16, fp32"),
+        (["SOLVER.MAX_ITER", "many"], "Type mismatch"),
+        (["SSL.FINETUNE.FROZEN_PARTS", "('RES2',)"], "needs MODEL.BACKBONE.FREEZE_AT 0"),
+        (["DATASETS.TEST", "('a',)", "SSL.FINETUNE.DEV_DATASET", "a"], "also in DATASETS.TEST"),
+    ],
+)
+def test_bad_options_are_one_line(opts, message):
+    with pytest.raises(D2SSLError, match=message) as error:
+        load_cfg(opts=[*PHOTOS, *opts])
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_unknown_key_in_file(tmp_path):
+    with pytest.raises(D2SSLError, match="no such file"):
+        load_cfg(str(tmp_path / "absent.yaml"))
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("SSL:\n  METOD: SoCo\n")
+    with pytest.raises(D2SSLError, match="nearest is SSL.METHOD"):
+        load_cfg(str(bad))
+
+
+def test_negative_seed_becomes_zero():
+    assert load_cfg(opts=PHOTOS).SEED == 0
