@@ -255,12 +255,14 @@ def test_names_of_torchvision_and_moco_must_be_converted(tmp_path):
             "convert-pretrain-to-detectron2",
         ),
     ):
-        _, loads, known = weights.check_weights(save(tmp_path / name, content), base, SMALL)
-        assert failed(loads[1]) == ["nothing"]
-        assert failed(known[1]) == ["names"] and converter in text(known[1])
-        warned = [f.name for f in known[1] if f.status == WARN]
+        _, (_, loads), (_, known) = weights.check_weights(
+            save(tmp_path / name, content), base, SMALL
+        )
+        assert failed(loads) == ["nothing"]
+        assert failed(known) == ["names"] and converter in text(known)
+        warned = [f.name for f in known if f.status == WARN]
         assert warned[0] == "INPUT.FORMAT" and "MODEL.RESNETS.STRIDE_IN_1X1" in warned
-        assert "usually" in text(known[1])  # a hint, not a fact
+        assert "usually" in text(known)  # a hint, not a fact
 
 
 def test_norms_that_were_folded_or_never_measured_are_told(tmp_path):

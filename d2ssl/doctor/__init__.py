@@ -4,6 +4,7 @@
     weights        what a file would load into a detector, and whether that computes what it should
 """
 
+import contextlib
 import shutil
 import textwrap
 from dataclasses import dataclass
@@ -19,7 +20,20 @@ class Finding:
     status: str  # OK; NOTE: a fact, neither good nor bad; WARN: worth a look; FAIL: a problem
     name: str
     detail: str
-    fix: str = ""  # what to do about it, on every WARN and FAIL
+    fix: str = ""  # what to do about it; a row of warnings may share one, under the last
+
+
+@contextlib.contextmanager
+def one_thread():
+    """For networks on tiny pictures: several threads cost more than they bring, on busy cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def table(findings: Iterable[Finding]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Callable, List
 
 from d2ssl import compat
-from d2ssl.doctor import FAIL, NOTE, OK, WARN, Finding
+from d2ssl.doctor import FAIL, NOTE, OK, WARN, Finding, one_thread
 from d2ssl.errors import D2SSLError
 
 MIN_PYTHON = (3, 9)
@@ -221,7 +221,7 @@ def check_detector() -> List[Finding]:
     import torch
     from detectron2.utils.events import EventStorage
 
-    with torch.random.fork_rng(devices=[]), EventStorage():
+    with one_thread(), torch.random.fork_rng(devices=[]), EventStorage():
         torch.manual_seed(0)
         model, photo = _tiny_detector(), _tiny_photo()
         losses = model.train()([photo])

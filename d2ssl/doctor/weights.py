@@ -8,7 +8,7 @@ was taken under, so for it the question has an answer. For other files there are
 import os
 import pickle
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Dict, List, Optional, Tuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from d2ssl.config import load_cfg
-from d2ssl.doctor import FAIL, NOTE, OK, WARN, Finding
+from d2ssl.doctor import FAIL, NOTE, OK, WARN, Finding, one_thread
 from d2ssl.engine.checkpoint import Checkpointer, MatchReport
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.fingerprint import fingerprint, relative_difference
@@ -30,6 +30,7 @@ from d2ssl.modeling.trunk import part_of
 TOLERANCE = 2e-3
 
 
+@one_thread()
 def check_weights(path: str, config_file: str = "", opts=()) -> List[Tuple[str, List[Finding]]]:
     """All that can be said about a file of weights, as (heading, findings).
 
@@ -147,6 +148,19 @@ class _StockCheckpointer(Checkpointer):
         self._incompatible = DetectionCheckpointer._load_model(self, checkpoint)
         return self._incompatible
 
+    def _convert_ndarray_to_tensor(self, state_dict):
+        super()._convert_ndarray_to_tensor(state_dict)
+        self._names = set(state_dict)  # the last call comes with the names as they are loaded
+
+    def load_report(self, path: str) -> MatchReport:
+        report = super().load_report(path)
+        # A frozen norm takes absent statistics for mean 0 and variance 1, and says that it has
+        # loaded them.
+        made_up = [name for name in report.loaded if name not in self._names]
+        report.loaded = [name for name in report.loaded if name in self._names]
+        report.missing += made_up
+        return report
+
 
 @dataclass
 class Attempt:
@@ -154,23 +168,27 @@ class Attempt:
 
     report: Optional[MatchReport] = None
     values: Dict[str, torch.Tensor] = field(default_factory=dict)
-    failure: str = ""  # why the detector cannot be built, loaded or run
+    failure: str = ""  # why the detector cannot be built or run, or the file not loaded
+    failed_at: str = ""  # "build", "load" or "run"
     uncalibrated: str = ""  # the first norm that normalises nothing
 
     @classmethod
     def make(cls, cfg, path: str, probe: Optional[torch.Tensor]) -> "Attempt":
-        attempt = cls()
+        attempt = cls(failed_at="build")
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # what is not in the file should not differ between attempts
                 model = build_model(cfg).eval()
+            attempt.failed_at = "load"
             attempt.report = _StockCheckpointer(model).load_report(path)
+            attempt.failed_at = "run"
             if probe is not None:
                 attempt.values = _fingerprint(model, cfg, probe)
         except Exception as error:  # a config can make any part of Detectron2 fail
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            attempt.failure = lines[0].removeprefix(f"MODEL.WEIGHTS {path}: ")
+            attempt.failure = re.sub(rf"^MODEL.WEIGHTS {re.escape(path)}[^:]*: ", "", lines[0])
             return attempt
+        attempt.failed_at = ""
         try:
             refuse_uncalibrated(model)
         except D2SSLError as error:
@@ -219,62 +237,76 @@ def module_of(name: str) -> str:
 
 
 def _some(names: List[str]) -> str:
+    names = [name.removeprefix("backbone.bottom_up.") for name in names]
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 # Tensors that a ResNet-FPN's function depends on; "stem.fc" is an ImageNet classifier.
 _NETWORK = re.compile(r"\b(stem\.conv1|res[2-5]|fpn_\w+|box_head)\.")
+_STATISTICS = (".running_mean", ".running_var")
+_COUNTER = "num_batches_tracked"  # of steps; enters no computation
+_FAILURE_FIX = {
+    "build": "change the key of the config that asks for this",
+    "load": "see below what kind of file this is",
+    "run": "change the key of the config that asks for this",
+}
 
 
 def describe_match(attempt: Attempt) -> List[Finding]:
     """By module: what is loaded, missing, or skipped for its shape; and what is left over."""
     report = attempt.report
     if report is None:
-        fix = "see below for what the file is" if "not one tensor" in attempt.failure else (
-            "see which key of the config asks for that"
-        )  # fmt: skip
-        return [Finding(FAIL, "nothing", attempt.failure, fix)]
+        return [Finding(FAIL, "nothing", attempt.failure, _FAILURE_FIX[attempt.failed_at])]
+    if not report.loaded:
+        detail = f"not one of the file's {len(report.unused)} tensors: {_some(report.unused)}"
+        return [Finding(FAIL, "nothing", detail, _FAILURE_FIX["load"])]
     modules: Dict[str, Dict[str, List[str]]] = {}
     for kind in ("loaded", "missing", "mismatched"):
         for name in getattr(report, kind):
-            if not name.endswith("num_batches_tracked"):  # counts steps, computes nothing
-                modules.setdefault(module_of(name), {}).setdefault(kind, []).append(name)
-    findings = []
-    for module, names in modules.items():
-        loaded, missing, mismatched = (
-            names.get(kind, []) for kind in ("loaded", "missing", "mismatched")
-        )
-        details = [f"{len(loaded)} loaded"] if loaded else []
-        if missing:
-            details.append(f"{len(missing)} missing ({_some(missing)})" if loaded else "missing")
-        if mismatched:
-            details.append(f"{len(mismatched)} skipped for their shape ({_some(mismatched)})")
-        detail = "; ".join(details)
-        if loaded and not missing and not mismatched:
-            findings.append(Finding(OK, module, detail))
-        elif not loaded and not mismatched:
-            findings.append(Finding(NOTE, module, "not in the file: starts from random values"))
-        elif module.endswith("predictor"):
-            findings.append(Finding(NOTE, module, f"{detail}: for other classes"))
-        else:
-            fix = "the network in the file is another one than the config's, or is not all there"
-            findings.append(Finding(WARN, module, detail, fix))
-    unused = [n for n in report.unused if not n.endswith("num_batches_tracked")]
+            if not name.endswith(_COUNTER):
+                row = modules.setdefault(module_of(name), dict(loaded=[], missing=[], mismatched=[]))
+                row[kind].append(name)
+    findings = [_describe_module(module, **names) for module, names in modules.items()]
+    unused = [n for n in report.unused if not n.endswith(_COUNTER)]
     of_network = [n for n in unused if _NETWORK.search(n)]
     if of_network:
-        detail = f"{len(of_network)} of the network's own tensors: {_some(of_network)}"
-        fix = "the network that they were trained in is another one than the config's"
-        findings.append(Finding(WARN, "not used", detail, fix))
+        detail = f"{len(of_network)} tensors of such a network: {_some(of_network)}"
+        findings.append(Finding(WARN, "not used", detail))
     elif unused:
         findings.append(Finding(NOTE, "not used", f"{len(unused)}: {_some(unused)}"))
+    if any(f.status == WARN for f in findings):  # one remedy for all of them, under the last
+        last = max(i for i, f in enumerate(findings) if f.status == WARN)
+        fix = "the file is not all there, or is for another network than the config's"
+        findings[last] = replace(findings[last], fix=fix)
     if attempt.uncalibrated:
         detail = f"{attempt.uncalibrated} has mean 0 and variance 1 and normalises nothing"
         fix = "SSL.FINETUNE.CALIBRATE_NORMS True, or weights with their statistics"
         findings.append(Finding(WARN, "frozen norms", detail, fix))
     if attempt.failure:
-        fix = "see which key of the config asks for that"
+        fix = _FAILURE_FIX[attempt.failed_at]
         findings.append(Finding(FAIL, "forward", attempt.failure, fix))
     return findings
+
+
+def _describe_module(
+    module: str, loaded: List[str], missing: List[str], mismatched: List[str]
+) -> Finding:
+    if not loaded and not mismatched:
+        return Finding(NOTE, module, "not in the file: starts from random values")
+    details = [f"{len(loaded)} loaded"] if loaded else []
+    if mismatched:
+        details.append(f"{len(mismatched)} skipped for their shape ({_some(mismatched)})")
+    if missing and all(name.endswith(_STATISTICS) for name in missing):
+        details.append(f"{len(missing)} statistics absent, taken for mean 0 and variance 1")
+        return Finding(WARN if mismatched else NOTE, module, "; ".join(details))
+    if missing:
+        details.append(f"{len(missing)} missing ({_some(missing)})")
+    detail = "; ".join(details)
+    if not missing and not mismatched:
+        return Finding(OK, module, detail)
+    if module.endswith("predictor"):
+        return Finding(NOTE, module, f"{detail}: for other classes")
+    return Finding(WARN, module, detail)
 
 
 # ---- what it computes
@@ -353,7 +385,7 @@ def comparable(names, recorded: Dict, attempt: Attempt) -> List[str]:
         attempt: with the recorded conventions.
     """
     absent = attempt.report.missing + attempt.report.mismatched if attempt.report else []
-    absent = [n for n in absent if not n.endswith("num_batches_tracked")]
+    absent = [n for n in absent if not n.endswith(_COUNTER)]
     return [
         value
         for value in sorted(recorded, key=lambda v: (len(_depends_on(v)), v))
@@ -459,7 +491,7 @@ def _incomplete(record: Dict, names, attempt: Attempt) -> List[Finding]:
     for part in record.get("trained", []):
         prefix = prefixes.get(part, "?")
         absent = [n for n in attempt.report.missing + attempt.report.mismatched
-                  if n.startswith(prefix) and not n.endswith("num_batches_tracked")]  # fmt: skip
+                  if n.startswith(prefix) and not n.endswith(_COUNTER)]  # fmt: skip
         if absent:
             detail = f"was trained, but {len(absent)} of its tensors are not in the file: "
             fix = "the file is damaged or was edited; take the original"

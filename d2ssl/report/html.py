@@ -56,8 +56,8 @@ figcaption { margin: .3rem 0; overflow-wrap: anywhere; }
 details { margin: 1rem 0; }
 summary { cursor: pointer; }
 pre { background: var(--card); padding: .8rem; overflow-x: auto; font-size: .85rem; }
-@media (max-width: 32rem) { dl { grid-template-columns: 1fr; } dt { margin-top: .4rem; }
-  th, td { padding: .35rem .45rem; } }
+@media (max-width: 32rem) { th, td { padding: .35rem .3rem; font-size: .9rem; }
+  dl { font-size: .9rem; } }
 """
 
 
@@ -140,7 +140,9 @@ def _ap_table(tasks: Dict[str, Dict[str, float]]) -> str:
             if key.startswith("AP-"):
                 classes.append([key[3:], names.get(task, task).lower(), _number(value)])
     out = _table(["", *AP_COLUMNS], rows, main=1)
-    if any(cell == "–" for row in rows for cell in row):
+    if any(row[1] == "–" for row in rows):
+        out += _line("The detector predicted nothing that could be evaluated; read – as 0.")
+    elif any(cell == "–" for row in rows for cell in row):
         out += _line("– : the test set has no object of that size (COCO: small under 32², large "
                      "over 96² pixels).")  # fmt: skip
     if classes:
@@ -169,7 +171,7 @@ def _pretraining(cfg) -> str:
         return head + _line("Not run yet.")
     figures = [
         ("Loss", plots.plot_losses(metrics, find_method(cfg.SSL.METHOD).loss_range)),
-        ("Collapse: 1 is healthy, at 0 every photo has the same embedding",
+        ("Spread of the embeddings: near 1 is healthy, 0 is collapse",
          plots.plot_spread(metrics)),
         ("Learning rate", plots.plot_learning_rate(metrics)),
     ]  # fmt: skip

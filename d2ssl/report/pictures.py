@@ -218,22 +218,26 @@ def _as_annotation(row: dict, metadata) -> dict:
 
 
 def _draw_objects(image: np.ndarray, objects: List[dict], metadata, side: int) -> np.ndarray:
+    """Masks, or boxes where an object has no mask; the colour is the class's."""
     visualizer = Visualizer(image, metadata, scale=side / max(image.shape[:2]))
-    names = metadata.get("thing_classes", [])
-    labels = [
-        (names[x["category_id"]] if x["category_id"] < len(names) else str(x["category_id"]))
-        + (f" {x['score']:.0%}" if "score" in x else "")
-        + (" (crowd)" if x.get("iscrowd") else "")
-        for x in objects
-    ]
+    has_masks = all("segmentation" in x for x in objects)
     boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in objects]
-    masks = [x["segmentation"] for x in objects] if all("segmentation" in x for x in objects) else None
-    colors = [tuple(c / 255 for c in COLORS[i % len(COLORS)]) for i in range(len(objects))]
     drawn = visualizer.overlay_instances(
-        boxes=np.array(boxes, dtype=float).reshape(-1, 4),
-        labels=labels,
-        masks=masks,
-        assigned_colors=colors,
-        alpha=0.35,
+        boxes=None if has_masks else np.array(boxes, dtype=float).reshape(-1, 4),
+        labels=[_object_text(x, metadata.get("thing_classes", [])) for x in objects],
+        masks=[x["segmentation"] for x in objects] if has_masks else None,
+        assigned_colors=[tuple(c / 255 for c in _color(x["category_id"] + 1)) for x in objects],
+        alpha=0.4,
     )
     return drawn.get_image()
+
+
+def _object_text(annotation: dict, classes: Sequence[str]) -> str:
+    words = []
+    if len(classes) > 1:  # else there is nothing to tell apart
+        words.append(classes[annotation["category_id"]])
+    if "score" in annotation:
+        words.append(f"{annotation['score']:.0%}")
+    if annotation.get("iscrowd"):
+        words.append("(crowd)")
+    return " ".join(words)

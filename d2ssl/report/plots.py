@@ -66,14 +66,13 @@ def plot_losses(metrics: Metrics, known_range: Optional[Tuple[float, float]] = N
 
 def plot_spread(metrics: Metrics, warn_below: float = 0.1) -> bytes:
     """Spread of the embeddings, 0 (collapsed) to 1, with the level that is warned about."""
-    lines = [("embedding_spread", "spread of the embeddings", GREEN, 2.0)]
-    band = (0.0, warn_below)
-    return _plot(metrics, lines, "spread", (0, 1.05), band, "collapse is warned about")
+    lines = [("embedding_spread", "embeddings", GREEN, 2.0)]
+    return _plot(metrics, lines, "spread", (0, 1.05), (0.0, warn_below), "collapsed")
 
 
 def plot_learning_rate(metrics: Metrics) -> bytes:
     """The highest learning rate of all parameter groups."""
-    return _plot(metrics, [("lr", "highest learning rate", PURPLE, 2.0)], "learning rate", (0, None))
+    return _plot(metrics, [("lr", "", PURPLE, 2.0)], "learning rate", (0, None))
 
 
 def plot_ap(metrics: Metrics) -> bytes:
@@ -95,9 +94,9 @@ def _plot(metrics, lines, ylabel, ylim=(None, None), band=None, band_label="") -
             "font.size": 10,
         }
     ):
-        figure = Figure(figsize=(5.2, 3.1))
+        figure = Figure(figsize=(5.2, 3.4))
         FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+        axes = figure.add_axes((0.14, 0.29, 0.83, 0.68))  # the same in all, so that they line up
         for name, label, color, width in lines:
             x, y = series(metrics, name)
             if x:
@@ -113,12 +112,17 @@ def _plot(metrics, lines, ylabel, ylim=(None, None), band=None, band_label="") -
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.8)
         axes.set_axisbelow(True)
-        columns = 3 if len(axes.get_legend_handles_labels()[0]) > 4 else 2
-        axes.legend(
-            loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncol=columns, frameon=False, fontsize=9
-        )
+        handles, labels = axes.get_legend_handles_labels()
+        if len(handles) > 1:
+            axes.legend(
+                handles,
+                labels,
+                loc="upper left",
+                bbox_to_anchor=(-0.02, -0.19),
+                ncol=3 if len(handles) > 4 else 2,
+                frameon=False,
+                fontsize=9.5,
+            )
         file = io.BytesIO()
-        figure.savefig(
-            file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
-        )
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         return file.getvalue()

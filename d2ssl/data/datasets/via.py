@@ -215,7 +215,7 @@ def _ellipse(cx: float, cy: float, rx: float, ry: float, theta: float = 0.0) -> 
     angle = np.linspace(0, 2 * np.pi, 36, endpoint=False)
     x, y = rx * np.cos(angle), ry * np.sin(angle)
     cos, sin = np.cos(theta), np.sin(theta)
-    return np.stack([cx + x, cy + x * sin + y * cos], axis=1)
+    return np.stack([cx + x * cos - y * sin, cy + x * sin + y * cos], axis=1)
 
 
 def _category(attributes: dict | None, classes: Sequence[str]) -> int:
