@@ -34,9 +34,9 @@ def set_up(cfg) -> None:
     for name in ("fvcore", "detectron2", "d2ssl"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
     if comm.is_main_process():
-        logger.debug("%s", collect_env_info())
-        with atomic_open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
-            file.write(cfg.dump())
+        for name, text in (("config.yaml", cfg.dump()), ("environment.txt", collect_env_info())):
+            with atomic_open(os.path.join(cfg.OUTPUT_DIR, name), "w") as file:
+                file.write(text)
     logger.info("Output goes to %s; %d process(es) on %s", cfg.OUTPUT_DIR, comm.get_world_size(),
                 cfg.MODEL.DEVICE)  # fmt: skip
 

@@ -16,6 +16,7 @@ file that is missing or not a checkpoint, or a config key that does not exist
 import argparse
 import logging
 import sys
+import warnings
 
 from d2ssl.compat import require_detectron2
 from d2ssl.doctor import FAIL, WARN, table
@@ -45,6 +46,7 @@ def parse_args(argv=None):
 
 def examine(args):
     """[(heading, findings)]."""
+    warnings.simplefilter("ignore")  # what libraries deprecate in one another is not for users
     if not args.weights:
         from d2ssl.doctor.installation import check_installation
 

@@ -199,15 +199,18 @@ def check_detectron2() -> List[Finding]:
         return [Finding(FAIL, "detectron2", detail, fix)]
     import detectron2
 
-    build = "compiled operators"
+    where = os.path.dirname(detectron2.__file__)
+    build = "with compiled operators"
     if not compat.has_compiled_ops():
         build = "without compiled operators, which Mask R-CNN does not need"
+    origin = "official or built by you"
     try:
-        patched = "patched by d2ssl" in (importlib.metadata.metadata("detectron2")["Summary"] or "")
-    except importlib.metadata.PackageNotFoundError:
-        patched = False
-    origin = "patched by tools/install_detectron2.py" if patched else "a build of your own"
-    where = os.path.dirname(detectron2.__file__)
+        installed = importlib.metadata.distribution("detectron2")
+        ours = "patched by d2ssl" in (installed.metadata["Summary"] or "")
+        if ours and os.path.samefile(installed.locate_file("detectron2"), where):
+            origin = "patched by tools/install_detectron2.py"
+    except (importlib.metadata.PackageNotFoundError, OSError):
+        pass  # a source tree on the path
     return [Finding(OK, "detectron2", f"{detectron2.__version__} in {where}"),
             Finding(NOTE, "", f"{origin}; {build}")]  # fmt: skip
 

@@ -61,6 +61,8 @@ class MatchReport:
         return parts
 
     def __str__(self) -> str:
+        if not self.loaded:
+            return f"Weights: {self.path}"
         rows = [
             f"  {part:<10}" + "  ".join(f"{count:4d} {kind}" for kind, count in row.items())
             for part, row in self.by_part().items()
@@ -113,11 +115,9 @@ class Checkpointer(DetectionCheckpointer):
         """
         try:
             self.load(path, checkpointables=[])
-        except (OSError, AssertionError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        except Exception as error:  # what is no checkpoint can raise anything while it is unpickled
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise D2SSLError(f"MODEL.WEIGHTS {path} cannot be loaded: {reason}") from error
-        except Exception as error:  # unpickling raises anything
-            raise D2SSLError(f"MODEL.WEIGHTS {path} is not a file of weights: {error}") from error
         incompatible = self._incompatible
         mismatched = [name for name, *_ in incompatible.incorrect_shapes]
         absent = set(incompatible.missing_keys) | set(mismatched)
@@ -138,5 +138,5 @@ class Checkpointer(DetectionCheckpointer):
 def load_weights(model: nn.Module, path: str) -> MatchReport:
     """Load weights into a model; an empty path loads nothing and reports all as missing."""
     if not path:
-        return MatchReport("(none: random weights)", missing=list(model.state_dict()))
+        return MatchReport("none, all random", missing=list(model.state_dict()))
     return Checkpointer(model).load_report(path)

@@ -37,7 +37,7 @@ def provenance(cfg) -> Dict:
         "versions": {
             "d2ssl": __version__,
             "detectron2": detectron2.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # its own class would not load with weights_only
         },
         "config": {key: _get(cfg, key) for key in CONVENTIONS},
     }

@@ -48,9 +48,11 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td.main { font-weight: 700; }
 figure { margin: 0; }
 img { max-width: 100%; height: auto; display: block; }
-.grid { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+.grid { display: grid; gap: 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 .grid img { width: 100%; }
 .scroll img { max-width: none; border-radius: 4px; }
+.photos { display: grid; gap: 1rem; }
 .photos img { border-radius: 4px; }
 figcaption { margin: .3rem 0; overflow-wrap: anywhere; }
 details { margin: 1rem 0; }
@@ -95,13 +97,13 @@ def _headline(cfg) -> str:
         pretrain = pretrain_cfg(cfg).SOLVER
         facts += [
             ("Pretrained on", _sets(cfg.SSL.DATASETS)),
-            ("Pretraining", f"{cfg.SSL.METHOD}, {pretrain.MAX_ITER} iterations of "
-                            f"{pretrain.IMS_PER_BATCH} photos, {cfg.SSL.PRECISION}"),
+            ("Pretraining", f"{cfg.SSL.METHOD}, {cfg.SSL.PRECISION}, "
+                            + _of_photos(pretrain.MAX_ITER, pretrain.IMS_PER_BATCH)),
         ]  # fmt: skip
     facts += [
         ("Fine-tuned on", _sets(cfg.DATASETS.TRAIN)),
-        ("Fine-tuning", f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} photos, "
-                        f"{'bf16' if cfg.SOLVER.AMP.ENABLED else 'fp32'}"),
+        ("Fine-tuning", f"{'bf16' if cfg.SOLVER.AMP.ENABLED else 'fp32'}, "
+                        + _of_photos(cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH)),
         ("Tested on", _sets(cfg.DATASETS.TEST)),
         ("Started from", os.path.basename(cfg.MODEL.WEIGHTS) or "random weights"),
         ("Network", _network(cfg)),
@@ -207,7 +209,7 @@ def _hand_off(cfg) -> str:
         ("Trained parts", ", ".join(record.get("trained", []))),
         ("Started from", record.get("initial_weights")),
         ("Photos", f"{record.get('num_photos')} of {', '.join(record.get('datasets', []))}"),
-        ("Iterations", f"{record.get('iterations')} of {record.get('photos_per_iteration')} photos"),
+        ("Length", _of_photos(record.get("iterations"), record.get("photos_per_iteration"))),
         ("Seed", record.get("seed")),
         ("Versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
     ]
@@ -243,12 +245,13 @@ def _predictions(stage) -> str:
     return (
         "<h3>Labels and predictions</h3>"
         + _line("Left: labels. Right: predictions with a score of at least 50 %.")
-        + f'<div class="grid photos">{"".join(figures)}</div>'
+        + f'<div class="photos">{"".join(figures)}</div>'
     )
 
 
 def _settings(cfg) -> str:
-    lines = "\n".join(f"{key}: {value}" for key, value in changed_keys(cfg.SSL, get_cfg().SSL, "SSL."))
+    changed = changed_keys(cfg.SSL, get_cfg().SSL, "SSL.")
+    lines = "\n".join(f"{key}: {value}" for key, value in changed)
     return (
         "<h2>Settings</h2>"
         + _folded("SSL keys that differ from their defaults", lines or "none")
@@ -295,6 +298,10 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def _of_photos(iterations: int, photos: int) -> str:
+    return f"{iterations} iterations of {photos} photos"
+
+
 def _number(value) -> str:
     return "–" if value is None or not math.isfinite(value) or value < 0 else f"{value:.1f}"
 
@@ -324,7 +331,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], main: int = -1) -
 
 
 def _folded(summary: str, text: str) -> str:
-    return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"
+    summary, text = html.escape(summary), html.escape(text)
+    return f"<details><summary>{summary}</summary><pre>{text}</pre></details>"
 
 
 def _plots(figures: List[Tuple[str, bytes]]) -> str:

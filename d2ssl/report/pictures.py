@@ -118,7 +118,8 @@ def _with_boxes(image: np.ndarray, boxes, scale: int) -> Image.Image:
     for number, box in boxes:
         x1, y1, x2, y2 = (float(v) * scale for v in box)
         # PIL includes the last pixel; a box that ends at x = W covers pixel W - 1.
-        draw.rectangle((round(x1), round(y1), round(x2) - 1, round(y2) - 1), None, _color(number), 2)
+        frame = round(x1), round(y1), round(x2) - 1, round(y2) - 1
+        draw.rectangle(frame, outline=_color(number), width=2)
     # Labels last, so that no frame crosses them; those that begin at one corner stand in a row.
     taken: List[Tuple[float, float]] = []
     for number, box in {(n, tuple(b.tolist())): (n, b) for n, b in boxes}.values():
@@ -218,8 +219,9 @@ def _as_annotation(row: dict, metadata) -> dict:
 
 
 def _draw_objects(image: np.ndarray, objects: List[dict], metadata, side: int) -> np.ndarray:
-    """Masks, or boxes where an object has no mask; the colour is the class's."""
-    visualizer = Visualizer(image, metadata, scale=side / max(image.shape[:2]))
+    """Masks, or boxes where an object has no mask, on a grey photo; the colour is the class's."""
+    grey = np.array(Image.fromarray(image).convert("L").convert("RGB"))
+    visualizer = Visualizer(grey, metadata, scale=side / max(image.shape[:2]))
     has_masks = all("segmentation" in x for x in objects)
     boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in objects]
     drawn = visualizer.overlay_instances(

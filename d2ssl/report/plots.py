@@ -60,7 +60,8 @@ def plot_losses(metrics: Metrics, known_range: Optional[Tuple[float, float]] = N
              for i, name in enumerate(component_names(metrics))]  # fmt: skip
     if len(lines) == 1:
         lines = []  # it is the total
-    lines += [("total_loss", "total", BLUE, 2.0), ("val_total_loss", "total, test photos", ORANGE, 2.0)]
+    lines.append(("total_loss", "total", BLUE, 2.0))
+    lines.append(("val_total_loss", "total, test photos", ORANGE, 2.0))
     return _plot(metrics, lines, "loss", band=known_range, band_label="possible range of the total")
 
 
@@ -94,14 +95,14 @@ def _plot(metrics, lines, ylabel, ylim=(None, None), band=None, band_label="") -
             "font.size": 10,
         }
     ):
-        figure = Figure(figsize=(5.2, 3.4))
+        figure = Figure(figsize=(5.2, 3.6))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.14, 0.29, 0.83, 0.68))  # the same in all, so that they line up
+        axes = figure.add_axes((0.14, 0.33, 0.83, 0.64))  # the same in all, so that they line up
         for name, label, color, width in lines:
             x, y = series(metrics, name)
             if x:
-                marker = "o" if len(x) <= 12 else None
-                axes.plot(x, y, color=color, linewidth=width, label=label, marker=marker, markersize=4)
+                dots = {"marker": "o", "markersize": 4} if len(x) <= 12 else {}
+                axes.plot(x, y, color=color, linewidth=width, label=label, **dots)
         if not axes.lines:
             return b""
         if band:
@@ -118,7 +119,7 @@ def _plot(metrics, lines, ylabel, ylim=(None, None), band=None, band_label="") -
                 handles,
                 labels,
                 loc="upper left",
-                bbox_to_anchor=(-0.02, -0.19),
+                bbox_to_anchor=(-0.02, -0.2),
                 ncol=3 if len(handles) > 4 else 2,
                 frameon=False,
                 fontsize=9.5,

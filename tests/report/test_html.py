@@ -91,7 +91,7 @@ def test_a_whole_run(cfg, tmp_path):
     assert ["Masks", "37.9", "61.5", "42.2", "–", "30.5", "49.0"] in rows
     assert ["Boxes", "41.2", "62.5", "43.8", "–", "31.5", "50.0"] in rows
     assert "4 photos" in page and "noise" in page  # the drawn test set is tiny
-    assert "123 of 16 photos" in page and "INPUT.FORMAT: BGR" in page  # provenance
+    assert "123 iterations of 16 photos" in page and "INPUT.FORMAT: BGR" in page  # provenance
     assert "SSL.MOMENTUM: 0.9875" in page and "SSL.PRECISION: " not in page
     # loss, collapse, lr, views; loss, AP, lr, and a picture a test photo
     assert page.count("<img ") == 4 + 3 + 4
