@@ -6,6 +6,7 @@ itself, since any of these imports may be what is broken.
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -138,7 +139,8 @@ def check_torchvision() -> List[Finding]:
     import torch
 
     wanted = torchvision_for(str(torch.__version__))
-    fix = f'torch {torch.__version__} needs torchvision {wanted}: pip install "torchvision=={wanted}.*"'
+    pip = f'pip install "torchvision=={wanted}.*"'
+    fix = f"torch {torch.__version__} needs torchvision {wanted}: {pip}"
     try:
         import torchvision
 
@@ -164,19 +166,17 @@ def check_packages() -> List[Finding]:
         try:
             importlib.import_module(module)
         except Exception as error:
-            findings.append(
-                Finding(FAIL, distribution, f"cannot be imported: {_one_line(error)}",
-                        f"pip install --force-reinstall {distribution}"
-                        if importlib.util.find_spec(module.split(".")[0])
-                        else f"pip install {distribution}")  # fmt: skip
-            )
+            there = importlib.util.find_spec(module.split(".")[0]) is not None
+            fix = f"pip install {'--force-reinstall ' * there}{distribution}"
+            detail = f"cannot be imported: {_one_line(error)}"
+            findings.append(Finding(FAIL, distribution, detail, fix))
         else:
             findings.append(_package(distribution, _version(distribution)))
     return findings
 
 
 def check_opencv() -> List[Finding]:
-    """cv2 imports, and only one distribution owns it: a second overwrites the files of the first."""
+    """cv2 imports, and one distribution owns it: a second overwrites the files of the first."""
     installed = [name for name in OPENCV if _version(name) != "(version unknown)"]
     one = "pip install opencv-python-headless"
     again = f"pip uninstall -y {' '.join(installed)}, then {one}" if installed else one

@@ -27,7 +27,7 @@ from d2ssl.modeling.trunk import FINETUNE_PARTS, part_of
 
 # Where networks agree: rounding of one device against another's (TF32: 0.0008) stays below, and
 # the mildest mistake above (a mean off by 0.4 of 255: 0.003). Measured on a ResNet-50.
-TOLERANCE = 2e+3
+TOLERANCE = 2e-3
 
 
 @one_thread()
@@ -265,8 +265,8 @@ def describe_match(attempt: Attempt) -> List[Finding]:
     for kind in ("loaded", "missing", "mismatched"):
         for name in getattr(report, kind):
             if not name.endswith(_COUNTER):
-                row = modules.setdefault(module_of(name), dict(loaded=[], missing=[], mismatched=[]))
-                row[kind].append(name)
+                empty = dict(loaded=[], missing=[], mismatched=[])
+                modules.setdefault(module_of(name), empty)[kind].append(name)
     order = [part.lower().replace("_", " ") for part in FINETUNE_PARTS]
     findings = [
         _describe_module(module, **modules[module])
@@ -462,7 +462,7 @@ def compare_function(cfg, path: str, content: Dict, given: Attempt) -> List[Find
             f"says otherwise than the weights in: {'; '.join(shown) or 'no recorded key'}",
             "use the stock.yaml that was written beside the weights",
         )]  # fmt: skip
-    findings = _incomplete(record, tensors, restored)
+    findings = _incomplete(record, restored)
     if not levels:
         return findings + [Finding(
             WARN, "fingerprint", "the file holds no part in full that could be compared",
@@ -489,7 +489,7 @@ def _setting(cfg, key: str, wanted) -> str:
     return f"{key} is {_show(get(cfg, key))}, was {_show(wanted)}"
 
 
-def _incomplete(record: Dict, names, attempt: Attempt) -> List[Finding]:
+def _incomplete(record: Dict, attempt: Attempt) -> List[Finding]:
     """Parts that were trained must be in the file, all of them."""
     prefixes = dict(zip(("bottom_up", "fpn", "box_head"), (_BODY[-1], _PYRAMID[-1], _BOX_HEAD[-1])))
     findings = []

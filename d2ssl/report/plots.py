@@ -8,6 +8,7 @@ from typing import Dict, List, Optional, Tuple
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # One mid grey for axes and text: legible on white and on black, so figures can be transparent.
 GREY = "#7b828c"
@@ -97,7 +98,7 @@ def _plot(metrics, lines, ylabel, ylim=(None, None), band=None, band_label="") -
     ):
         figure = Figure(figsize=(5.2, 3.6))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.14, 0.33, 0.83, 0.64))  # the same in all, so that they line up
+        axes = figure.add_axes((0.14, 0.33, 0.83, 0.6))  # the same in all, so that they line up
         for name, label, color, width in lines:
             x, y = series(metrics, name)
             if x:
@@ -108,6 +109,8 @@ def _plot(metrics, lines, ylabel, ylim=(None, None), band=None, band_label="") -
         if band:
             axes.axhspan(*band, color=GREY, alpha=0.13, linewidth=0, label=band_label, zorder=0)
         axes.set_ylim(*ylim)
+        axes.set_xlim(0, None)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("iteration")
         axes.set_ylabel(ylabel)
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,104 @@
+"""What pretraining hands off must compute the same in stock Detectron2, without d2ssl."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from d2ssl.config import pretrained_path
+from d2ssl.pipeline import pretrain
+
+# Runs where d2ssl cannot be imported, and builds everything from stock.yaml.
+STOCK = """
+import sys, torch
+sys.modules["d2ssl"] = None
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes
+
+cfg = get_cfg()
+cfg.merge_from_file(sys.argv[1])
+model = build_model(cfg).eval()
+DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+content = torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["d2ssl"]
+image = content["probe"].flip(0)  # the demo's config is BGR
+with torch.no_grad():
+    batch = model.preprocess_image([{"image": image}]).tensor
+    pyramid = model.backbone(batch)
+    values = {**model.backbone.bottom_up(batch), **pyramid}
+    boxes = torch.tensor([[4.0, 6.0, 40.0, 50.0], [20.0, 8.0, 60.0, 30.0], [0.0, 0.0, 64.0, 64.0]])
+    heads = model.roi_heads
+    pooled = heads.box_pooler([pyramid[f] for f in heads.box_in_features], [Boxes(boxes)])
+    values["box_head"] = heads.box_head(pooled)
+for name, expected in sorted(content["fingerprint"].items()):
+    print(name, ((values[name] - expected).norm() / expected.norm()).item())
+assert not any(m.startswith("d2ssl.") for m in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def handed_off(demo_root, tmp_path_factory):
+    """A pretraining run, handed off: (config, content of model_pretrained.pth)."""
+    from conftest import CONFIGS, TINY
+    from d2ssl.config import load_cfg
+    from d2ssl.data.datasets import register_balloon
+
+    register_balloon(str(demo_root), "balloon_demo")
+    out = tmp_path_factory.mktemp("handoff")
+    cfg = load_cfg(str(CONFIGS / "demo.yaml"), [*TINY, "OUTPUT_DIR", str(out)])
+    pretrain(cfg)
+    return cfg, torch.load(pretrained_path(cfg), weights_only=True)
+
+
+def test_stock_process_computes_the_same(handed_off):
+    cfg, _ = handed_off
+    yaml = os.path.join(os.path.dirname(pretrained_path(cfg)), "stock.yaml")
+    run = subprocess.run(
+        [sys.executable, "-c", STOCK, yaml], capture_output=True, text=True, cwd="/", env=without_d2ssl()
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    differences = dict(line.split() for line in run.stdout.splitlines() if len(line.split()) == 2)
+    assert set(differences) == {"res2", "res3", "res4", "res5", "p2", "p3", "p4", "p5", "box_head"}
+    assert all(float(value) < 1e-5 for value in differences.values()), differences
+
+
+def without_d2ssl():
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+
+def test_names_are_the_stock_detectors(handed_off):
+    from detectron2.modeling import build_model
+
+    from d2ssl.config import finetune_cfg
+
+    cfg, content = handed_off
+    stock = build_model(finetune_cfg(cfg)).state_dict()
+    names = set(content["model"])
+    assert names <= set(stock)
+    assert all(content["model"][name].shape == stock[name].shape for name in names)
+    backbone = {name for name in stock if name.startswith(("backbone.", "roi_heads.box_head."))}
+    assert names == backbone  # what was neither trained nor loaded (RPN, mask head) stays out
+
+
+def test_norms_hold_the_photos_statistics(handed_off):
+    """Not those of pretraining's small views, and not the initial ones."""
+    cfg, content = handed_off
+    checkpoint = torch.load(
+        os.path.join(cfg.OUTPUT_DIR, "pretrain", "model_final.pth"), weights_only=True
+    )["model"]
+    name = "backbone.bottom_up.res3.0.conv1.norm.running_mean"
+    handed = content["model"][name]
+    assert handed.abs().sum() > 0 and not torch.allclose(handed, checkpoint[f"trunk.{name}"], rtol=0.05)
+
+
+def test_provenance_says_what_the_weights_are(handed_off):
+    _, content = handed_off
+    about = content["d2ssl"]
+    assert about["method"] == "SoCo" and about["num_photos"] == 8 and about["iterations"] == 4
+    assert about["initial_weights"] == "random"
+    assert about["config"]["INPUT.FORMAT"] == "BGR"
+    assert about["config"]["MODEL.RESNETS.STRIDE_IN_1X1"] is True
+    assert len(about["config"]["MODEL.PIXEL_MEAN"]) == 3

@@ -1,0 +1,113 @@
+"""The command line, as a user types it, on a small drawn data set."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CONFIGS, TINY
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def train_net(demo_root, tmp_path_factory):
+    """Callable: arguments -> finished process of tools/train_net.py in an empty folder."""
+    folder = tmp_path_factory.mktemp("work")
+    env = {**os.environ, "DETECTRON2_DATASETS": str(demo_root), "PYTHONPATH": str(REPO),
+           "D2SSL_CACHE": str(folder / "cache")}  # fmt: skip
+
+    def run(*args, config=CONFIGS / "demo.yaml"):
+        command = [sys.executable, str(REPO / "tools/train_net.py"), "--config-file", str(config)]
+        return subprocess.run(
+            [*command, *args], env=env, cwd=folder, capture_output=True, text=True, timeout=500
+        )
+
+    run.folder = folder
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole_job(train_net):
+    """The job from photos to AP; returns its output folder."""
+    process = train_net(*TINY, "OUTPUT_DIR", "whole", "TEST.EVAL_PERIOD", "2")
+    assert process.returncode == 0, process.stderr[-3000:]
+    return train_net.folder / "whole"
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())["results"]
+
+
+def test_what_the_job_leaves(whole_job):
+    for name in ("config.yaml", "report.html", "pretrain/model_pretrained.pth", "pretrain/views.png",
+                 "pretrain/stock.yaml", "finetune/model_result.pth", "finetune/metrics.json"):  # fmt: skip
+        assert (whole_job / name).stat().st_size > 0, name
+    ap = results(whole_job / "finetune")
+    assert 0 <= ap["segm"]["AP"] <= 100 and 0 <= ap["bbox"]["AP50"] <= 100
+    lines = [json.loads(x) for x in (whole_job / "finetune/metrics.json").read_text().splitlines()]
+    seen = set().union(*lines)
+    assert {"total_loss", "val_total_loss", "segm/AP", "lr"} <= seen
+    assert not list(whole_job.rglob("*.tmp"))
+
+
+def test_eval_only_gives_the_reported_result(whole_job, train_net):
+    weights = whole_job / "finetune/model_result.pth"
+    process = train_net(
+        "--eval-only", *TINY, "MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", "evaluated"
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    again = results(train_net.folder / "evaluated")
+    reported = results(whole_job / "finetune")
+    assert again["segm"] == reported["segm"] and again["bbox"] == reported["bbox"]
+
+
+def test_resume_of_a_finished_job_repeats_nothing(whole_job, train_net):
+    checkpoint = whole_job / "pretrain/model_final.pth"
+    before = checkpoint.stat().st_mtime_ns
+    process = train_net("--resume", *TINY, "OUTPUT_DIR", "whole", "TEST.EVAL_PERIOD", "2")
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert checkpoint.stat().st_mtime_ns == before
+
+
+def test_two_processes_on_a_cpu(train_net):
+    process = train_net(
+        "--num-gpus", "2", *TINY, "OUTPUT_DIR", "two", "SSL.SOLVER.MAX_ITER", "2",
+        "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "(1,)",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "segm" in results(train_net.folder / "two/finetune")
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["SSL.METOD", "SoCo"], "SSL.METOD does not exist; the nearest is SSL.METHOD"),
+        (["DATASETS.TRAIN", "('balloon_demo_trian@4',)"], "did you mean 'balloon_demo_train@4'"),
+        (["MODEL.WEIGHTS", "absent.pkl"], "absent.pkl cannot be loaded"),
+        (["--stage", "finetune"], "run --stage pretrain first"),
+        (["--eval-only", "MODEL.WEIGHTS", ""], "--eval-only needs MODEL.WEIGHTS"),
+        (["--num-gpus", "2", "SSL.SOLVER.IMS_PER_BATCH", "5"], "use a multiple of 2"),
+        (["SSL.REGISTER", "('no_such_module:f',)"], "SSL.REGISTER no_such_module:f"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(train_net, args, message):
+    options = [a for a in args if a.startswith("--") or a in ("finetune", "2")]
+    rest = [a for a in args if a not in options]
+    process = train_net(*options, *TINY, "OUTPUT_DIR", "bad", *rest)
+    errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2, process.stderr[-3000:]
+    assert errors and message in errors[0]
+    assert "Traceback" not in process.stderr
+    assert not (train_net.folder / "bad/pretrain/model_final.pth").exists()
+
+
+def test_help_needs_no_torch():
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", str(REPO / "tools/train_net.py"), "--help"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPO)},
+    )  # fmt: skip
+    assert process.returncode == 0 and "--eval-only" in process.stdout
+    assert " torch" not in process.stderr
