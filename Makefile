@@ -13,10 +13,11 @@ READY := $(VENV)/.ready
 setup: $(READY)
 
 demo: $(READY)
+	$(VENV)/bin/python datasets/make_balloon_demo.py
 	$(VENV)/bin/python tools/train_net.py --config-file configs/demo.yaml
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -q tests $(ARGS)
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile $(or $(ARGS),tests)
 
 clean:
 	rm -rf $(VENV)

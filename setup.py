@@ -7,7 +7,7 @@ setup(
     version="0.1.0",
     description="Self-supervised pretraining of ResNet + FPN inside Detectron2, for few labels",
     packages=find_packages(include=["d2ssl", "d2ssl.*"]),
-    python_requires=">=3.9",
+    python_requires=">=3.10",
     install_requires=[
         "torch>=2.3,<2.13",
         "torchvision>=0.18,<0.28",
@@ -26,5 +26,5 @@ setup(
         "tqdm>=4.62,<5",
         "tabulate>=0.9,<1",
     ],
-    extras_require={"test": ["pytest>=7.4,<10"]},
+    extras_require={"test": ["pytest>=7.4,<10", "pytest-xdist>=3.3,<4"]},
 )

@@ -10,6 +10,7 @@ import os
 import re
 
 import torch
+import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as get_detectron2_cfg
 
@@ -115,7 +116,7 @@ def load_cfg(config_file: str = "", opts=()) -> CN:
         if config_file:
             cfg.merge_from_file(config_file)
         cfg.merge_from_list(list(opts))
-    except (KeyError, ValueError, AssertionError) as error:
+    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         raise D2SSLError(_explain(cfg, error)) from None
     if cfg.SEED < 0:
         cfg.SEED = 0  # an exact resume needs a seed

@@ -11,9 +11,10 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
 
+from d2ssl.atomic import atomic_open
 from d2ssl.config import finetune_cfg, pretrain_cfg, pretrained_path
 from d2ssl.data.build import register_datasets
-from d2ssl.engine.checkpoint import atomic_open, load_weights
+from d2ssl.engine.checkpoint import load_weights
 from d2ssl.engine.handoff import hand_off
 from d2ssl.engine.precision import apply_precision
 from d2ssl.engine.trainer import FinetuneTrainer, PretrainTrainer

@@ -28,7 +28,7 @@ from pathlib import Path
 SDIST = "pb1-detectron2"
 VERSION = "0.6"
 SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
-MIN_PYTHON = (3, 9)
+MIN_PYTHON = (3, 10)
 
 _ALIAS = "NumPy 1.24 removed the aliases of Python's own types"
 _MESHGRID = "torch warns about meshgrid without indexing; 'ij' is what it does today"
@@ -112,7 +112,7 @@ setup(
     packages=find_packages(include=["detectron2", "detectron2.*"]) + list(PROJECTS),
     package_dir=PROJECTS,
     package_data={"detectron2.model_zoo": ["configs/**/*.yaml", "configs/**/*.py"]},
-    python_requires=">=3.9",
+    python_requires=">=3.10",
     install_requires=[
         "Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.8",
         "tabulate", "cloudpickle", "tqdm>4.29.0", "tensorboard", "fvcore>=0.1.5,<0.1.6",

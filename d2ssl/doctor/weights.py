@@ -143,24 +143,11 @@ def describe_origin(content: Dict) -> List[Finding]:
 
 
 class _StockCheckpointer(Checkpointer):
-    """Loads as stock Detectron2 does, without d2ssl's own repairs, but reports what it loaded."""
+    """Loads as stock Detectron2 does, without moving a convolution's bias into a norm."""
 
     def _load_model(self, checkpoint):
         self._incompatible = DetectionCheckpointer._load_model(self, checkpoint)
         return self._incompatible
-
-    def _convert_ndarray_to_tensor(self, state_dict):
-        super()._convert_ndarray_to_tensor(state_dict)
-        self._names = set(state_dict)  # the last call comes with the names as they are loaded
-
-    def load_report(self, path: str) -> MatchReport:
-        report = super().load_report(path)
-        # A frozen norm takes absent statistics for mean 0 and variance 1, and says that it has
-        # loaded them.
-        made_up = [name for name in report.loaded if name not in self._names]
-        report.loaded = [name for name in report.loaded if name in self._names]
-        report.missing += made_up
-        return report
 
 
 @dataclass
@@ -285,7 +272,7 @@ def describe_match(attempt: Attempt) -> List[Finding]:
         findings[last] = replace(findings[last], fix=fix)
     if attempt.uncalibrated:
         detail = f"{attempt.uncalibrated} has mean 0 and variance 1 and normalises nothing"
-        fix = "SSL.FINETUNE.CALIBRATE_NORMS True, or weights with their statistics"
+        fix = "SSL.FINETUNE.CALIBRATE_NORMS always, or weights with their statistics"
         findings.append(Finding(WARN, "frozen norms", detail, fix))
     if attempt.failure:
         fix = _FAILURE_FIX[attempt.failed_at]
@@ -649,6 +636,6 @@ def _describe_norms(tensors: Dict, cfg) -> List[Finding]:
         ((v - 1).abs() < 1e-4).all() for v in variances
     ):  # fmt: skip
         detail = "all statistics are mean 0 and variance 1: they were never measured"
-        fix = "SSL.FINETUNE.CALIBRATE_NORMS True measures them on your photos"
+        fix = "SSL.FINETUNE.CALIBRATE_NORMS always measures them on your photos"
         return [Finding(WARN, "norms", detail, fix)]
     return []

@@ -1,6 +1,5 @@
 """Checkpoints that are whole or absent, and a plain account of what a file of weights loads."""
 
-import contextlib
 import os
 from dataclasses import dataclass, field
 from typing import Dict, List
@@ -9,21 +8,9 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from d2ssl.atomic import atomic_open
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.trunk import part_of
-
-
-@contextlib.contextmanager
-def atomic_open(path: str, mode: str):
-    """Open a temporary file beside ``path`` that takes its place when all is written."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, mode) as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 class _AtomicPaths:
@@ -95,6 +82,10 @@ class Checkpointer(DetectionCheckpointer):
         self._incompatible = super()._load_model(checkpoint)
         return self._incompatible
 
+    def _convert_ndarray_to_tensor(self, state_dict):
+        super()._convert_ndarray_to_tensor(state_dict)
+        self._names = set(state_dict)  # the last call comes with the names as they are loaded
+
     def save_weights(self, name: str) -> str:
         """Write ``<name>.pth`` with the model alone, not a state to resume from; its path."""
         path = os.path.join(self.save_dir, f"{name}.pth")
@@ -118,14 +109,15 @@ class Checkpointer(DetectionCheckpointer):
         except Exception as error:  # what is no checkpoint can raise anything while it is unpickled
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise D2SSLError(f"MODEL.WEIGHTS {path} cannot be loaded: {reason}") from error
-        incompatible = self._incompatible
-        mismatched = [name for name, *_ in incompatible.incorrect_shapes]
-        absent = set(incompatible.missing_keys) | set(mismatched)
+        # Not Detectron2's own list of missing names: a frozen norm makes up absent statistics and
+        # says that it has loaded them.
+        mismatched = [name for name, *_ in self._incompatible.incorrect_shapes]
+        names = list(self.model.state_dict())
         report = MatchReport(
             path,
-            loaded=[name for name in self.model.state_dict() if name not in absent],
-            missing=[n for n in incompatible.missing_keys if n not in mismatched],
-            unused=list(incompatible.unexpected_keys),
+            loaded=[n for n in names if n in self._names and n not in mismatched],
+            missing=[n for n in names if n not in self._names and n not in mismatched],
+            unused=list(self._incompatible.unexpected_keys),
             mismatched=mismatched,
         )
         if not report.loaded:

@@ -9,9 +9,10 @@ import torch
 from detectron2.modeling import build_model
 
 from d2ssl import __version__
+from d2ssl.atomic import atomic_open
 from d2ssl.config import finetune_cfg, pretrain_cfg, pretrained_path, stock_cfg
 from d2ssl.data.build import load_dicts, photos_at_test_size
-from d2ssl.engine.checkpoint import Checkpointer, atomic_open, load_weights
+from d2ssl.engine.checkpoint import Checkpointer, load_weights
 from d2ssl.engine.trainer import find_method
 from d2ssl.modeling import norm
 from d2ssl.modeling.fingerprint import fingerprint, probe_image, relative_difference
@@ -51,6 +52,9 @@ CONVENTIONS = (
     "MODEL.PIXEL_STD",
     "MODEL.RESNETS.STRIDE_IN_1X1",
     "MODEL.RESNETS.DEPTH",
+    "MODEL.RESNETS.NUM_GROUPS",
+    "MODEL.RESNETS.WIDTH_PER_GROUP",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS",
     "MODEL.RESNETS.NORM",
     "MODEL.RESNETS.RES5_DILATION",
     "MODEL.FPN.NORM",
@@ -58,6 +62,7 @@ CONVENTIONS = (
     "MODEL.FPN.OUT_CHANNELS",
     "MODEL.ROI_BOX_HEAD.NAME",
     "MODEL.ROI_BOX_HEAD.NUM_FC",
+    "MODEL.ROI_BOX_HEAD.FC_DIM",
     "MODEL.ROI_BOX_HEAD.NUM_CONV",
     "MODEL.ROI_BOX_HEAD.NORM",
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE",

@@ -32,7 +32,8 @@ def fingerprint(backbone: nn.Module, roi_heads: nn.Module, cfg, probe: torch.Ten
         cfg: says colour order, mean and std, as a detector's preprocessing reads them.
         probe: 3 x H x W uint8 RGB, see :func:`probe_image`.
     """
-    backbone.eval(), roi_heads.eval()
+    backbone.eval()
+    roi_heads.eval()
     device = next(backbone.parameters()).device
     image = probe.float().to(device)
     if cfg.INPUT.FORMAT == "BGR":
@@ -40,12 +41,14 @@ def fingerprint(backbone: nn.Module, roi_heads: nn.Module, cfg, probe: torch.Ten
     mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in
                  (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))  # fmt: skip
     image = ((image - mean) / std)[None]
-    values = dict(backbone.bottom_up(image))
-    pyramid = backbone(image)
-    values.update({name: pyramid[name] for name in cfg.MODEL.ROI_HEADS.IN_FEATURES})
-    levels = [pyramid[name] for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
-    pooled = roi_heads.box_pooler(levels, [Boxes(torch.tensor(PROBE_BOXES, device=device))])
-    values["box_head"] = roi_heads.box_head(pooled)
+    names = cfg.MODEL.ROI_HEADS.IN_FEATURES
+    with torch.backends.cudnn.flags(allow_tf32=False):  # else a GPU convolves in 10 bits
+        values = dict(backbone.bottom_up(image))
+        pyramid = backbone(image)
+        values.update({name: pyramid[name] for name in names})
+        boxes = [Boxes(torch.tensor(PROBE_BOXES, device=device))]
+        pooled = roi_heads.box_pooler([pyramid[name] for name in names], boxes)
+        values["box_head"] = roi_heads.box_head(pooled)
     return {name: value.float().cpu() for name, value in values.items()}
 
 

@@ -14,9 +14,9 @@ from detectron2.utils import comm
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
 
+from d2ssl.atomic import atomic_open
 from d2ssl.data.photos import read_photo
 from d2ssl.data.views import View
-from d2ssl.engine.checkpoint import atomic_open
 
 # Distinct on photos, and with white or black text on them.
 COLORS = (
