@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from d2ssl.atomic import atomic_folder
+from d2ssl.data.datasets.via import crosses_itself
 from d2ssl.errors import D2SSLError
 
 _VERSION = 1  # raise it when the drawing changes, so that older folders are written anew
@@ -131,7 +132,9 @@ def trace(mask: np.ndarray) -> np.ndarray:
     # From the centre of a drawn pixel to the photo's pixel that a click there would give.
     height, width = mask.shape[0] // _ZOOM, mask.shape[1] // _ZOOM
     points = np.rint((points[:, 0] + 0.5) / _ZOOM - 0.5).astype(int)
-    return points.clip(0, (width - 1, height - 1))
+    points = points.clip(0, (width - 1, height - 1))
+    # A thin neck of the mask can make the rounded outline cross itself; nobody clicks that.
+    return cv2.convexHull(points)[:, 0] if crosses_itself(points) else points
 
 
 def draw_scene(

@@ -169,7 +169,7 @@ def _read_region(
         notes.add("regions leave their photo a little and are clipped", where)
         if _encloses_nothing(clipped):
             raise D2SSLError(f"has no area on the photo of {width}x{height}; correct it in VIA")
-    if _crosses_itself(clipped):
+    if crosses_itself(clipped):
         notes.add("outlines cross themselves; parts enclosed twice become holes", where)
     return {
         "bbox": [*clipped.min(axis=0).tolist(), *clipped.max(axis=0).tolist()],
@@ -285,7 +285,7 @@ def _encloses_nothing(points: np.ndarray) -> bool:
     return cv2.contourArea(cv2.convexHull(points.astype(np.float32))) < 1.0
 
 
-def _crosses_itself(points: np.ndarray) -> bool:
+def crosses_itself(points: np.ndarray) -> bool:
     """Whether two edges cut each other in their interiors (touching does not count)."""
     start, end = points, np.roll(points, -1, axis=0)
 
