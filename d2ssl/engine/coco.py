@@ -7,6 +7,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 
+CONVERTED = "_coco_format.json"  # how Detectron2 names the ground truth that it converts
+
 
 def build_evaluator(dataset_name: str, output_dir: str) -> COCOEvaluator:
     """The official pycocotools evaluation; predictions are kept in ``output_dir``.
@@ -14,12 +16,13 @@ def build_evaluator(dataset_name: str, output_dir: str) -> COCOEvaluator:
     Ground truth that Detectron2 converts to a COCO file is converted anew: it would otherwise
     reuse the file of an earlier run by name, even after labels were corrected.
     """
-    if not hasattr(MetadataCatalog.get(dataset_name), "json_file"):
-        if comm.is_main_process():
-            for suffix in ("", ".lock"):
-                stale = os.path.join(output_dir, f"{dataset_name}_coco_format.json{suffix}")
-                if os.path.exists(stale):
-                    os.remove(stale)
+    metadata = MetadataCatalog.get(dataset_name)
+    if getattr(metadata, "json_file", "").endswith(CONVERTED):
+        del metadata.json_file
+    if not hasattr(metadata, "json_file"):
+        stale = os.path.join(output_dir, dataset_name + CONVERTED)
+        if comm.is_main_process() and os.path.exists(stale):
+            os.remove(stale)
         comm.synchronize()
     return COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
 

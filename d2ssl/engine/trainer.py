@@ -120,7 +120,8 @@ class Trainer(DefaultTrainer):
         if cfg.DATASETS.TEST:
             found.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate))
         if comm.is_main_process():
-            found.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+            period = max(1, min(20, self.max_iter // 20))  # a short run has a curve, too
+            found.append(hooks.PeriodicWriter(self.build_writers(), period))
         return found
 
     def evaluate(self) -> dict:

@@ -73,3 +73,15 @@ def test_gradients_reach_everything_in_bf16(models):
     sum(losses(model).values()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_what_heads_give_to_losses_and_box_arithmetic_is_fp32(models):
+    _, model = models
+    seen = []
+    heads = model.roi_heads
+    for module in (model.proposal_generator.rpn_head, heads.box_predictor, heads.mask_head.predictor):
+        module.register_forward_hook(lambda m, i, o: seen.append(o))
+    losses(model)
+    rpn, box, mask = seen
+    outputs = [*rpn[0], *rpn[1], *box, mask]
+    assert len(outputs) == 13 and all(x.dtype == torch.float32 for x in outputs)
