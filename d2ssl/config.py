@@ -34,7 +34,7 @@ def add_ssl_config(cfg: CN) -> None:
     ssl.CACHE_GB = 4.0  # decoded photos held in memory, at the size that training needs
     ssl.CALIBRATION_PHOTOS = 64  # photos that norm statistics are measured on, at most
 
-    # A second SOLVER node: every Detectron2 solver key, for pretraining.
+    # Detectron2's SOLVER keys a second time, for pretraining.
     ssl.SOLVER = cfg.SOLVER.clone()
     ssl.SOLVER.OPTIMIZER = "SGD"  # "SGD", "LARS" or "AdamW"
     ssl.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"
@@ -176,7 +176,22 @@ def _check(cfg: CN) -> None:
     one_of("SSL.FINETUNE.CALIBRATE_NORMS", calibrate, ("auto", "always", "never"))
     for part in ssl.FINETUNE.FROZEN_PARTS:
         one_of("SSL.FINETUNE.FROZEN_PARTS", part, tuple(ssl.FINETUNE.LR_FACTOR))
+    low, high = ssl.INPUT.CROP_SCALE
+    require(
+        0 < low <= high <= 1, f"SSL.INPUT.CROP_SCALE {low}, {high}: give 0 < least <= most <= 1"
+    )
+    require(ssl.CALIBRATION_PHOTOS >= 2, "SSL.CALIBRATION_PHOTOS: give 2 or more")
+    one_of("INPUT.FORMAT", cfg.INPUT.FORMAT, ("BGR", "RGB"))
+    for solver in (cfg.SOLVER, ssl.SOLVER):
+        require(
+            solver.BIAS_LR_FACTOR == 1 and solver.WEIGHT_DECAY_BIAS in (None, solver.WEIGHT_DECAY),
+            "SOLVER.BIAS_LR_FACTOR and WEIGHT_DECAY_BIAS are not supported; leave their defaults",
+        )
     if ssl.FINETUNE.FROZEN_PARTS:
+        require(
+            ssl.FINETUNE.UNFREEZE_ITER > 0,
+            "SSL.FINETUNE.FROZEN_PARTS needs UNFREEZE_ITER, the iteration from which they learn",
+        )
         require(
             cfg.MODEL.BACKBONE.FREEZE_AT == 0,
             "SSL.FINETUNE.FROZEN_PARTS needs MODEL.BACKBONE.FREEZE_AT 0: "
@@ -227,7 +242,10 @@ def finetune_cfg(cfg: CN) -> CN:
 
 
 def stock_cfg(cfg: CN) -> CN:
-    """:func:`finetune_cfg` without the ``SSL`` node: what stock Detectron2 runs."""
+    """:func:`finetune_cfg` without the ``SSL`` node: the network in plain Detectron2 terms.
+
+    Data sets must be registered by whoever trains with it; ``balloon_train@16`` is d2ssl's name.
+    """
     cfg = finetune_cfg(cfg)
     cfg.defrost()
     del cfg["SSL"]

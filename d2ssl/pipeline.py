@@ -5,7 +5,7 @@ import logging
 import os
 from typing import Dict
 
-from detectron2.evaluation import print_csv_format
+import torch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
@@ -27,14 +27,14 @@ logger = logging.getLogger("d2ssl")
 STAGES = ("pretrain", "finetune", "all")
 
 
-def set_up(cfg) -> None:
+def set_up(cfg, keep_config: bool = True) -> None:
     """Loggers, the output folder with the config in it, and the data sets of a run."""
     rank = comm.get_rank()
     register_datasets(cfg)
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     for name in ("fvcore", "detectron2", "d2ssl"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
-    if comm.is_main_process():
+    if comm.is_main_process() and keep_config:
         for name, text in (("config.yaml", cfg.dump()), ("environment.txt", collect_env_info())):
             with atomic_open(os.path.join(cfg.OUTPUT_DIR, name), "w") as file:
                 file.write(text)
@@ -66,8 +66,9 @@ def run(cfg, stage: str = "all", resume: bool = False) -> Dict:
 def pretrain(cfg, resume: bool = False) -> None:
     """Pretrain and hand off."""
     stage = pretrain_cfg(cfg)
-    if not (resume and _finished(stage) and os.path.isfile(pretrained_path(cfg))):
+    if not (resume and _handed_off(cfg)):
         _start(stage, resume)
+        _forget(finetune_cfg(cfg).OUTPUT_DIR, ["last_checkpoint"])  # it fine-tuned other weights
         trainer = PretrainTrainer(stage, resume)
         trainer.register_hooks([PutPictures.of_views(cfg, trainer)])
         trainer.train()
@@ -98,7 +99,7 @@ def evaluate_only(cfg) -> Dict:
     """Evaluate ``cfg.MODEL.WEIGHTS`` on ``cfg.DATASETS.TEST``."""
     if not cfg.MODEL.WEIGHTS:
         raise D2SSLError("--eval-only needs MODEL.WEIGHTS path/to/model_result.pth")
-    set_up(cfg)
+    set_up(cfg, keep_config=False)
     model = build_model(cfg)
     report = load_weights(model, cfg.MODEL.WEIGHTS)
     if report.missing or report.mismatched:
@@ -111,23 +112,28 @@ def evaluate_only(cfg) -> Dict:
 
 
 def _start(stage, resume: bool) -> None:
-    """A stage that is not resumed starts over: what an earlier run logged is removed."""
+    """A stage that is not resumed starts over: what an earlier run left is removed."""
     if comm.is_main_process():
         os.makedirs(stage.OUTPUT_DIR, exist_ok=True)
-        if not resume:
-            for name in ("metrics.json", "last_checkpoint", "results.json"):
-                path = os.path.join(stage.OUTPUT_DIR, name)
-                if os.path.exists(path):
-                    os.remove(path)
+    if not resume:
+        weights = ["model_pretrained.pth", "model_result.pth", "model_best.pth"]
+        _forget(stage.OUTPUT_DIR, ["metrics.json", "last_checkpoint", "results.json", *weights])
     comm.synchronize()
 
 
-def _finished(stage) -> bool:
-    last = os.path.join(stage.OUTPUT_DIR, "last_checkpoint")
-    if not os.path.isfile(last):
+def _forget(folder: str, names) -> None:
+    for path in (os.path.join(folder, name) for name in names):
+        if comm.is_main_process() and os.path.exists(path):
+            os.remove(path)
+
+
+def _handed_off(cfg) -> bool:
+    """Whether the hand-off of this run, at its full length, is there."""
+    path = pretrained_path(cfg)
+    if not os.path.isfile(path):
         return False
-    with open(last) as file:
-        return file.read().strip() == "model_final.pth"
+    record = torch.load(path, weights_only=True, mmap=True)["d2ssl"]
+    return record["iterations"] >= pretrain_cfg(cfg).SOLVER.MAX_ITER
 
 
 def _write_results(cfg, results: Dict, weights: str) -> None:
@@ -141,6 +147,12 @@ def _write_results(cfg, results: Dict, weights: str) -> None:
     }
     path = os.path.join(cfg.OUTPUT_DIR, "results.json")
     with atomic_open(path, "w") as file:
-        json.dump(content, file, indent=1)
+        json.dump(_without_nan(content), file, indent=1)
     logger.info("Results: %s", path)
-    print_csv_format(results)
+
+
+def _without_nan(value):
+    """NaN (no objects of that size) is no JSON; it becomes null."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and value != value else value

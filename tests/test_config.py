@@ -41,7 +41,15 @@ def test_stock_config_is_plain_detectron2():
         (["SSL.DATASETS", "()"], "SSL.DATASETS is empty"),
         (["SSL.PRECISION", "fp16"], "choose from bf16, fp32"),
         (["SOLVER.MAX_ITER", "many"], "Type mismatch"),
-        (["SSL.FINETUNE.FROZEN_PARTS", "('RES2',)"], "needs MODEL.BACKBONE.FREEZE_AT 0"),
+        (["SSL.FINETUNE.FROZEN_PARTS", "('RES2',)"], "needs UNFREEZE_ITER"),
+        (
+            ["SSL.FINETUNE.FROZEN_PARTS", "('RES2',)", "SSL.FINETUNE.UNFREEZE_ITER", "5"],
+            "needs MODEL.BACKBONE.FREEZE_AT 0",
+        ),
+        (["SSL.INPUT.CROP_SCALE", "(0.0, 1.0)"], "SSL.INPUT.CROP_SCALE 0.0, 1.0"),
+        (["SSL.CALIBRATION_PHOTOS", "0"], "give 2 or more"),
+        (["INPUT.FORMAT", "L"], "choose from BGR, RGB"),
+        (["SOLVER.BIAS_LR_FACTOR", "2.0"], "not supported"),
         (["DATASETS.TEST", "('a',)", "SSL.FINETUNE.DEV_DATASET", "a"], "also in DATASETS.TEST"),
     ],
 )

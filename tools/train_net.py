@@ -74,6 +74,7 @@ def run(argv=None):
             args.num_machines,
             args.machine_rank,
             args.dist_url,
+            device=cfg.MODEL.DEVICE,
             args=(args, cfg),
         )
 

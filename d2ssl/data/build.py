@@ -6,6 +6,7 @@ import math
 import os
 from typing import List, Sequence
 
+import torch
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
@@ -114,19 +115,42 @@ def build_finetune_loader(cfg) -> StreamLoader:
     return StreamLoader(dicts, mapper, solver.IMS_PER_BATCH, cfg.SEED, workers)
 
 
-def build_validation_batches(cfg, names: Sequence[str]) -> List[List[dict]]:
-    """The photos of sets with their annotations at test size, one a batch, held in memory."""
+def build_validation_batches(cfg, names: Sequence[str], limit: int = 64) -> List[List[dict]]:
+    """Up to ``limit`` annotated photos at test size, one a batch, held in memory."""
     dicts = [d for d in load_dicts(names) if d.get("annotations")]
-    mapper = DetectionMapper(cfg, PhotoStore(cfg.INPUT.MIN_SIZE_TEST).get, is_train=False)
-    return [[mapper(d)] for d in dicts]
+    mapper = _test_mapper(cfg)
+    return [[mapper(d)] for d in _spread(dicts, limit)]
 
 
-def photos_at_test_size(cfg, names: Sequence[str], limit: int) -> List[List[dict]]:
-    """Up to ``limit`` photos, evenly spread over the sets, at test size, one a batch."""
-    dicts = load_dicts(names)
-    dicts = dicts[:: max(1, math.ceil(len(dicts) / limit))]
-    mapper = DetectionMapper(cfg, PhotoStore(cfg.INPUT.MIN_SIZE_TEST).get, is_train=False)
-    return [[mapper({k: v for k, v in d.items() if k != "annotations"})] for d in dicts]
+def calibration_batches(cfg, names: Sequence[str], limit: int, size: int = 16) -> List[List[dict]]:
+    """Up to ``limit`` photos at test size, in batches of about ``size`` crops of equal sides.
+
+    Statistics that a batch is normalised with must come from several photos: with one photo a
+    batch, each would be whitened by itself, and what differs between photos would be lost. Equal
+    sides, multiples of 32, keep padding out of the statistics.
+    """
+    mapper = _test_mapper(cfg)
+    dicts = _spread(load_dicts(names), limit)
+    images = [mapper({k: v for k, v in d.items() if k != "annotations"})["image"] for d in dicts]
+    count = math.ceil(len(images) / size)
+    groups = [images[len(images) * i // count : len(images) * (i + 1) // count] for i in range(count)]
+    return [[{"image": crop} for crop in _equal_crops(group)] for group in groups]
+
+
+def _equal_crops(images: List[torch.Tensor]) -> List[torch.Tensor]:
+    height, width = (max(32, min(i.shape[a] for i in images) // 32 * 32) for a in (1, 2))
+    tops = [(i.shape[1] - height) // 2 for i in images]
+    lefts = [(i.shape[2] - width) // 2 for i in images]
+    return [i[:, t : t + height, x : x + width] for i, t, x in zip(images, tops, lefts)]
+
+
+def _test_mapper(cfg) -> DetectionMapper:
+    size = cfg.INPUT.MIN_SIZE_TEST  # 0: Detectron2 does not resize
+    return DetectionMapper(cfg, PhotoStore(size).get if size else read_photo, is_train=False)
+
+
+def _spread(dicts: List[dict], limit: int) -> List[dict]:
+    return dicts[:: max(1, math.ceil(len(dicts) / limit))]
 
 
 def _first_process_first(compute):

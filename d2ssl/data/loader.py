@@ -104,6 +104,8 @@ class StreamLoader:
             batch_sampler=_Positions(self.batch_size, self.start_iter),
             num_workers=self.num_workers,
             collate_fn=_as_list,
+            # Forked workers share the decoded photos; others would each get a copy.
+            multiprocessing_context="fork" if self.num_workers else None,
             worker_init_fn=_one_thread,
             generator=torch.Generator(),  # else a worker's start would draw from the global state
         )

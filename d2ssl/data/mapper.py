@@ -111,9 +111,8 @@ class DetectionMapper(DatasetMapper):
     def __init__(self, cfg, read_photo: Callable, is_train: bool = True, augmentations=None):
         stock = DatasetMapper.from_config(cfg, True)  # True: keep the annotations
         if not is_train:
-            stock["augmentations"] = [
-                T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")
-            ]
+            size, most = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+            stock["augmentations"] = [T.ResizeShortestEdge(size, most, "choice")] if size else []
         if augmentations is not None:
             stock["augmentations"] = augmentations
         # DatasetMapper is @configurable: without a config it takes these arguments.

@@ -82,6 +82,12 @@ class Checkpointer(DetectionCheckpointer):
         self._incompatible = super()._load_model(checkpoint)
         return self._incompatible
 
+    @property
+    def fits(self) -> bool:
+        """Whether the file loaded last held all of the model, in the model's shapes."""
+        found = self._incompatible
+        return not (found.missing_keys or found.incorrect_shapes)
+
     def _convert_ndarray_to_tensor(self, state_dict):
         super()._convert_ndarray_to_tensor(state_dict)
         self._names = set(state_dict)  # the last call comes with the names as they are loaded
@@ -90,9 +96,8 @@ class Checkpointer(DetectionCheckpointer):
         """Write ``<name>.pth`` with the model alone, not a state to resume from; its path."""
         path = os.path.join(self.save_dir, f"{name}.pth")
         if self.save_to_disk:
-            model = getattr(self.model, "module", self.model)
             with atomic_open(path, "wb") as file:
-                torch.save({"model": model.state_dict()}, file)
+                torch.save({"model": self.model.state_dict()}, file)
         return path
 
     def _log_incompatible_keys(self, incompatible) -> None:

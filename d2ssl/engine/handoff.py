@@ -11,11 +11,11 @@ from detectron2.modeling import build_model
 from d2ssl import __version__
 from d2ssl.atomic import atomic_open
 from d2ssl.config import finetune_cfg, pretrain_cfg, pretrained_path, stock_cfg
-from d2ssl.data.build import load_dicts, photos_at_test_size
+from d2ssl.data.build import calibration_batches, load_dicts
 from d2ssl.engine.checkpoint import Checkpointer, load_weights
-from d2ssl.engine.trainer import find_method
 from d2ssl.modeling import norm
 from d2ssl.modeling.fingerprint import fingerprint, probe_image, relative_difference
+from d2ssl.modeling.methods import find_method
 from d2ssl.modeling.trunk import Trunk, part_of
 
 logger = logging.getLogger("d2ssl")
@@ -97,10 +97,12 @@ def hand_off(cfg) -> str:
     Checkpointer(method).load_report(checkpoint)
 
     trunk = method.trunk
-    batches = photos_at_test_size(cfg, cfg.SSL.DATASETS, cfg.SSL.CALIBRATION_PHOTOS)
+    batches = calibration_batches(cfg, cfg.SSL.DATASETS, cfg.SSL.CALIBRATION_PHOTOS)
     detector = build_model(finetune).eval()
-    if finetune.MODEL.RESNETS.NORM in ("FrozenBN", "BN", "SyncBN"):
-        norm.recalibrate(trunk, lambda b: trunk(detector.preprocess_image(b).tensor), batches)
+    # The box head has no such pass: it keeps the statistics of pretraining.
+    norm.recalibrate(
+        trunk.backbone, lambda b: trunk(detector.preprocess_image(b).tensor), batches
+    )
     trunk.roi_heads.box_pooler = detector.roi_heads.box_pooler  # it was scaled for the views
     probe = probe_image()
     trained = fingerprint(trunk.backbone, trunk.roi_heads, finetune, probe)

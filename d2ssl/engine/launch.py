@@ -12,21 +12,37 @@ from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 from d2ssl.compat import create_local_process_group
-from d2ssl.errors import exit_on_error
+from d2ssl.errors import D2SSLError, exit_on_error
 
 
-def launch(main, num_processes, num_machines=1, machine_rank=0, dist_url="auto", args=()):
+TIMEOUT = datetime.timedelta(hours=12)  # selective search on many photos runs in one process
+
+
+def launch(main, num_processes, num_machines=1, machine_rank=0, dist_url="auto", device="cpu", args=()):
     """Call ``main(*args)`` in every process of the run, as Detectron2's ``launch`` does.
 
-    Without CUDA the processes talk through gloo, which Detectron2 v0.6 cannot do.
+    On a CPU the processes talk through gloo, which Detectron2 v0.6 cannot do.
+
+    Args:
+        device: ``cuda`` (one process a GPU) or ``cpu``.
+    Raises:
+        D2SSLError: more processes than GPUs, or several machines without an address.
     """
-    world = num_processes * num_machines
-    if world == 1:
+    if num_processes * num_machines <= 1:
         main(*args)
         return
+    if num_machines > 1 and dist_url == "auto":
+        raise D2SSLError("--num-machines needs --dist-url, e.g. tcp://192.0.2.1:29500")
+    if device == "cuda" and num_processes > torch.cuda.device_count():
+        raise D2SSLError(
+            f"--num-gpus {num_processes}: this machine has {torch.cuda.device_count()}"
+        )
     try:
-        if torch.cuda.is_available():
-            launch_on_gpus(main, num_processes, num_machines, machine_rank, dist_url, args)
+        if device == "cuda":
+            launch_on_gpus(
+                _one_line_errors, num_processes, num_machines, machine_rank, dist_url,
+                args=(main, args), timeout=TIMEOUT,
+            )  # fmt: skip
             return
         if dist_url == "auto":
             dist_url = f"tcp://127.0.0.1:{_free_port()}"
@@ -39,6 +55,11 @@ def launch(main, num_processes, num_machines=1, machine_rank=0, dist_url="auto",
         sys.exit(error.exit_code)  # the process has said why
 
 
+def _one_line_errors(main, args):
+    with exit_on_error():
+        main(*args)
+
+
 def _gloo_process(local_rank, main, num_processes, num_machines, machine_rank, dist_url, args):
     torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
     dist.init_process_group(
@@ -46,11 +67,10 @@ def _gloo_process(local_rank, main, num_processes, num_machines, machine_rank, d
         init_method=dist_url,
         world_size=num_processes * num_machines,
         rank=machine_rank * num_processes + local_rank,
-        timeout=datetime.timedelta(minutes=30),
+        timeout=TIMEOUT,
     )
     create_local_process_group(num_processes)
-    with exit_on_error():
-        main(*args)
+    _one_line_errors(main, args)
     dist.destroy_process_group()
 
 

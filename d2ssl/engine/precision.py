@@ -1,8 +1,12 @@
 """bf16 where it is fast and harmless, on any device."""
 
+import logging
+
 import torch
 from detectron2.modeling.poolers import ROIPooler
 from torch import nn
+
+logger = logging.getLogger("d2ssl")
 
 # Their outputs enter losses and box arithmetic.
 _OUTPUT_MODULES = ("rpn_head", "box_predictor", "predictor")
@@ -17,8 +21,11 @@ def apply_precision(model: nn.Module, bf16: bool) -> nn.Module:
     """
     if not bf16:
         return model
-    model.to(memory_format=torch.channels_last)
     device = next(model.parameters()).device.type
+    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        logger.warning("This GPU has no bf16 (it came with Ampere); training in fp32 instead.")
+        return model
+    model.to(memory_format=torch.channels_last)
     model.forward = torch.autocast(device, dtype=torch.bfloat16)(model.forward)
     for name, module in model.named_modules():
         if isinstance(module, ROIPooler):

@@ -10,16 +10,16 @@ import torch
 from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
-import d2ssl.modeling.methods  # noqa: F401  registers the pretext methods
+from d2ssl.config import PRETRAIN_PARTS
 from d2ssl.data.build import (
     build_finetune_loader,
     build_pretrain_loader,
     build_validation_batches,
-    photos_at_test_size,
+    calibration_batches,
 )
 from d2ssl.engine import hooks as d2ssl_hooks
 from d2ssl.engine.checkpoint import Checkpointer, MatchReport, load_weights
@@ -29,7 +29,8 @@ from d2ssl.engine.precision import apply_precision
 from d2ssl.engine.solver import build_optimizer, loaded_rise, main_schedule, named_leaves
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling import norm
-from d2ssl.modeling.methods.base import PretextMethod, require_two_photos
+from d2ssl.modeling.methods import find_method
+from d2ssl.modeling.methods.base import require_two_photos
 from d2ssl.modeling.trunk import part_of
 
 logger = logging.getLogger("d2ssl")
@@ -56,13 +57,13 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.loaded_parts: Set[str] = set()
         self.last_results: dict = {}
+        self.schedule = main_schedule(cfg.SOLVER, self.lr_floor())
         self.loader = self.build_train_loader(cfg)
         torch.manual_seed(cfg.SEED)  # random weights are the same in every run of a seed
         self.module = self.build_model(cfg)
         resume = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
         if not resume:
             self.start_from(load_weights(self.weights_target(), cfg.MODEL.WEIGHTS))
-        norm.synchronize(self.module)
         apply_precision(self.module, self.uses_bf16())
         optimizer = self.build_optimizer(cfg, self.module)
         model = distribute(self.module, self.find_unused_parameters)
@@ -70,10 +71,22 @@ class Trainer(DefaultTrainer):
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.register_hooks(self.build_hooks())
         if resume:
-            self.checkpointer.resume_or_load("", resume=True)
+            self._load_checkpoint()
             self.start_iter = self.iter + 1
             self.loader.start_iter = self.start_iter
             logger.info("Resumed after iteration %d", self.iter)
+
+    def _load_checkpoint(self) -> None:
+        try:
+            self.checkpointer.resume_or_load("", resume=True)
+            fits = self.checkpointer.fits
+        except (ValueError, RuntimeError, KeyError):  # from the optimizer's state
+            fits = False
+        if not fits:
+            raise D2SSLError(
+                f"{self.cfg.OUTPUT_DIR} holds a run of another config; give the same one, another "
+                "OUTPUT_DIR, or start over without --resume"
+            )
 
     # What a stage fills in.
 
@@ -86,6 +99,10 @@ class Trainer(DefaultTrainer):
         logger.info("%s", report)
 
     def uses_bf16(self) -> bool:
+        raise NotImplementedError
+
+    def lr_floor(self) -> float:
+        """Where the cosine schedule ends, as a share of BASE_LR."""
         raise NotImplementedError
 
     @classmethod
@@ -167,7 +184,7 @@ class PretrainTrainer(Trainer):
 
     @classmethod
     def build_model(cls, cfg):
-        return build_model(cfg)
+        return norm.synchronize(build_model(cfg))
 
     def weights_target(self):
         return self.module.trunk
@@ -177,13 +194,25 @@ class PretrainTrainer(Trainer):
         method = self.module
         parts = {"FPN": "FPN", "BOX_HEAD": "BOX_HEAD"}
         self.loaded_parts = {parts.get(part_of(name), "BOTTOM_UP") for name in report.loaded}
+        self._refuse_random_below_learning()
         if report.loaded:
+            method.eval()
             names = norm.calibrate(
                 method.trunk, method, self._calibration_batches(), only=report.loaded
             )
             logger.info("%d norms switched to batch statistics of these photos", len(names))
-        norm.refuse_uncalibrated(method.trunk)
         method.reset_twins()
+
+    def _refuse_random_below_learning(self) -> None:
+        """A part that stays random under one that learns is not handed off, so nothing would fit."""
+        trained = set(self.cfg.SSL.TRAIN)
+        for i, part in enumerate(PRETRAIN_PARTS):
+            loaded = part.upper() in self.loaded_parts
+            if part not in trained and not loaded and trained & set(PRETRAIN_PARTS[i + 1 :]):
+                raise D2SSLError(
+                    f"SSL.TRAIN leaves {part} at random weights below what learns; name it too, or "
+                    "give MODEL.WEIGHTS that hold it"
+                )
 
     def _calibration_batches(self):
         """The first views that training will draw; the same in every process."""
@@ -194,6 +223,9 @@ class PretrainTrainer(Trainer):
 
     def uses_bf16(self):
         return self.cfg.SSL.PRECISION == "bf16"
+
+    def lr_floor(self):
+        return self.cfg.SOLVER.LR_FLOOR
 
     @classmethod
     def build_optimizer(cls, cfg, model):
@@ -208,7 +240,7 @@ class PretrainTrainer(Trainer):
 
     def lr_multiple(self, part, iteration):
         solver = self.cfg.SOLVER
-        value = main_schedule(solver, solver.LR_FLOOR)(iteration)
+        value = self.schedule(iteration)
         if part in self.loaded_parts:
             value = min(value, loaded_rise(iteration, self.max_iter, solver.LOADED_LR_FACTOR))
         return value * solver.LR_FACTOR[part]
@@ -258,17 +290,23 @@ class FinetuneTrainer(Trainer):
         cfg, module = self.cfg, self.module
         if not any(isinstance(m, FrozenBatchNorm2d) for m in backbone.modules()):
             return
-        batches = photos_at_test_size(cfg, cfg.DATASETS.TRAIN, cfg.SSL.CALIBRATION_PHOTOS)
-        trainable = {p for p in backbone.parameters() if p.requires_grad}
-        norm.unfreeze(backbone)
-        norm.recalibrate(backbone, lambda b: backbone(module.preprocess_image(b).tensor), batches)
-        norm.freeze(backbone)
-        for parameter in backbone.parameters():
+        batches = calibration_batches(cfg, cfg.DATASETS.TRAIN, cfg.SSL.CALIBRATION_PHOTOS)
+        bottom_up = backbone.bottom_up
+        trainable = {p for p in bottom_up.parameters() if p.requires_grad}
+        norm.unfreeze(bottom_up)
+        norm.recalibrate(
+            bottom_up, lambda b: bottom_up(module.preprocess_image(b).tensor), batches
+        )
+        norm.freeze(bottom_up)
+        for parameter in bottom_up.parameters():
             parameter.requires_grad_(parameter in trainable)
-        logger.info("Norm statistics measured on %d photos", len(batches))
+        logger.info("Norm statistics measured on %d photos", sum(map(len, batches)))
 
     def uses_bf16(self):
         return self.cfg.SOLVER.AMP.ENABLED
+
+    def lr_floor(self):
+        return self.cfg.SSL.FINETUNE.LR_FLOOR
 
     @classmethod
     def build_optimizer(cls, cfg, model):
@@ -283,8 +321,7 @@ class FinetuneTrainer(Trainer):
         return parts
 
     def lr_multiple(self, part, iteration):
-        options = self.cfg.SSL.FINETUNE
-        return main_schedule(self.cfg.SOLVER, options.LR_FLOOR)(iteration) * options.LR_FACTOR[part]
+        return self.schedule(iteration) * self.cfg.SSL.FINETUNE.LR_FACTOR[part]
 
     def stage_hooks(self):
         cfg, options = self.cfg, self.cfg.SSL.FINETUNE
@@ -348,11 +385,3 @@ class FinetuneTrainer(Trainer):
         """Write ``<name>.pth`` with the weights that results are reported for; its path."""
         with self._reported_weights():
             return self.checkpointer.save_weights(name)
-
-
-def find_method(name: str) -> type:
-    """The pretext method registered under a name; raises :class:`D2SSLError` if there is none."""
-    methods = {n: c for n, c in META_ARCH_REGISTRY if issubclass(c, PretextMethod)}
-    if name not in methods:
-        raise D2SSLError(f"SSL.METHOD {name}: choose from {', '.join(sorted(methods))}")
-    return methods[name]

@@ -16,7 +16,7 @@ from d2ssl import __version__
 from d2ssl.atomic import atomic_open
 from d2ssl.config import finetune_cfg, get_cfg, pretrain_cfg, pretrained_path
 from d2ssl.data.build import load_dicts
-from d2ssl.engine.trainer import find_method
+from d2ssl.modeling.methods import find_method
 from d2ssl.report import plots
 from d2ssl.report.pictures import compare_predictions, predictions_file
 

@@ -74,7 +74,7 @@ def test_proposals_follow_a_photo_that_was_scaled_down(tiny_cfg, tmp_path):
 
 def test_cut_outs_become_zero_after_normalisation(tiny_cfg):
     cfg = pretrain_cfg(tiny_cfg("SSL.INPUT.CUTOUT_PROB", "1.0"))
-    from d2ssl.engine.trainer import find_method
+    from d2ssl.modeling.methods import find_method
 
     method = find_method("SoCo")
     loader = build_pretrain_loader(cfg, method.views(cfg), method.view_pairs)
@@ -86,7 +86,7 @@ def test_cut_outs_become_zero_after_normalisation(tiny_cfg):
 
 def test_no_annotation_reaches_pretraining(tiny_cfg):
     cfg = pretrain_cfg(tiny_cfg("SSL.DATASETS", "('balloon_demo_train',)"))
-    from d2ssl.engine.trainer import find_method
+    from d2ssl.modeling.methods import find_method
 
     method = find_method("SoCo")
     stream = build_pretrain_loader(cfg, method.views(cfg), method.view_pairs).stream

@@ -115,3 +115,28 @@ def test_random_frozen_norms_are_refused_until_measured(images):
     net = norm.unfreeze(net)
     norm.recalibrate(net, net, [images])
     norm.refuse_uncalibrated(norm.freeze(net))
+
+
+def test_recalibrated_resnet_computes_in_eval_mode_what_training_mode_computes():
+    """A whole ResNet: with one photo a batch, each would be whitened by itself."""
+    from detectron2.config import get_cfg
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone.resnet import build_resnet_backbone
+
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.NORM, cfg.MODEL.RESNETS.DEPTH = "BN", 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.BACKBONE.FREEZE_AT = 64, 0
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    torch.manual_seed(0)
+    net = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    # Photos differ from one another in brightness and contrast, as real ones do.
+    photos = torch.randn(32, 3, 64, 64) * torch.rand(32, 1, 1, 1) + torch.randn(32, 3, 1, 1)
+
+    def error_after(batches):
+        norm.recalibrate(net, net, batches)
+        with torch.no_grad():
+            return difference(net.eval()(photos)["res5"], net.train()(photos)["res5"])
+
+    together, alone = error_after(list(photos.split(16))), error_after(list(photos.split(1)))
+    print(together, alone)
+    assert together < 0.3 and together < 0.5 * alone

@@ -6,7 +6,8 @@ import torch
 
 from d2ssl.config import pretrain_cfg
 from d2ssl.data.build import build_pretrain_loader
-from d2ssl.engine.trainer import PretrainTrainer, find_method
+from d2ssl.engine.trainer import PretrainTrainer
+from d2ssl.modeling.methods import find_method
 from d2ssl.errors import D2SSLError
 from detectron2.modeling import build_model
 
