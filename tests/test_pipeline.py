@@ -111,3 +111,52 @@ def test_help_needs_no_torch():
     )  # fmt: skip
     assert process.returncode == 0 and "--eval-only" in process.stdout
     assert " torch" not in process.stderr
+
+
+def test_a_new_pretraining_is_not_answered_with_an_old_detector(tiny_cfg, tmp_path):
+    """Run A is whole; run B stops after pretraining and is resumed: B must fine-tune anew."""
+    import torch
+
+    from d2ssl import pipeline
+
+    final = tmp_path / "out/finetune/model_final.pth"
+    pipeline.run(tiny_cfg())
+    first = torch.load(final, weights_only=True)["model"]
+    b = tiny_cfg("SEED", "5")
+    pipeline.run(b, stage="pretrain")
+    pipeline.run(b, resume=True)
+    second = torch.load(final, weights_only=True)["model"]
+    name = "proposal_generator.rpn_head.conv.weight"
+    assert not torch.equal(first[name], second[name])
+    assert json.loads((tmp_path / "out/finetune/results.json").read_text())["seed"] == 5
+
+
+def test_resume_goes_on_to_a_later_end(tiny_cfg, tmp_path):
+    import torch
+
+    from d2ssl import pipeline
+
+    pipeline.run(tiny_cfg(), stage="pretrain")
+    pipeline.run(tiny_cfg("SSL.SOLVER.MAX_ITER", "6"), stage="pretrain", resume=True)
+    path = tmp_path / "out/pretrain"
+    assert torch.load(path / "model_final.pth", weights_only=True)["iteration"] == 5
+    assert torch.load(path / "model_pretrained.pth", weights_only=True)["d2ssl"]["iterations"] == 6
+
+
+def test_resume_under_another_config_is_refused(tiny_cfg):
+    from d2ssl import pipeline
+    from d2ssl.errors import D2SSLError
+
+    pipeline.run(tiny_cfg(), stage="pretrain")
+    other = tiny_cfg("MODEL.FPN.OUT_CHANNELS", "64", "SSL.SOLVER.MAX_ITER", "6")
+    with pytest.raises(D2SSLError, match="holds a run of another config"):
+        pipeline.run(other, stage="pretrain", resume=True)
+
+
+def test_two_test_sets(tiny_cfg, tmp_path):
+    from d2ssl import pipeline
+
+    pipeline.run(tiny_cfg("SSL.ENABLED", "False",
+                          "DATASETS.TEST", "('balloon_demo_val', 'balloon_demo_train@4')"))  # fmt: skip
+    found = results(tmp_path / "out/finetune")
+    assert set(found) == {"balloon_demo_val", "balloon_demo_train@4"}

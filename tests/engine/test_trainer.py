@@ -269,3 +269,10 @@ def test_a_batch_too_small_for_batch_statistics(tiny_cfg):
         PretrainTrainer(pretrain_cfg(tiny_cfg("SSL.SOLVER.IMS_PER_BATCH", "1")))
     with pytest.raises(D2SSLError, match="SSL.METHOD Soko: choose from SoCo"):
         PretrainTrainer(pretrain_cfg(tiny_cfg("SSL.METHOD", "Soko")))
+
+
+@pytest.mark.parametrize("parts, left", [(["fpn", "box_head"], "bottom_up"), (["box_head"], "bottom_up"),
+                                         (["bottom_up", "box_head"], "fpn")])  # fmt: skip
+def test_random_parts_below_what_learns_are_refused(tiny_cfg, parts, left):
+    with pytest.raises(D2SSLError, match=f"SSL.TRAIN leaves {left} at random weights"):
+        PretrainTrainer(pretrain_cfg(tiny_cfg("SSL.TRAIN", str(parts))))
