@@ -15,6 +15,9 @@ setup: $(READY)
 demo: $(READY)
 	$(VENV)/bin/python datasets/make_balloon_demo.py
 	$(VENV)/bin/python tools/train_net.py --config-file configs/demo.yaml
+	@echo "The demo starts from random weights, a small ResNet-18-FPN on small drawn pictures, and" \
+	      "trains for minutes: it shows that everything runs. Its AP is not the point." \
+	      "Look at output/demo/report.html"
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile $(or $(ARGS),tests)
