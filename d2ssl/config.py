@@ -170,7 +170,8 @@ def _check(cfg: CN) -> None:
         size = ssl.INPUT[key]
         require(
             size >= 32 and size % 32 == 0,
-            f"SSL.INPUT.{key} {size}: the FPN needs a multiple of 32, e.g. {max(32, size // 32 * 32)}",
+            f"SSL.INPUT.{key} {size}: the FPN needs a multiple of 32, "
+            f"e.g. {max(32, size // 32 * 32)}",
         )
     calibrate = ssl.FINETUNE.CALIBRATE_NORMS
     one_of("SSL.FINETUNE.CALIBRATE_NORMS", calibrate, ("auto", "always", "never"))

@@ -328,7 +328,7 @@ def test_torchvision_that_does_not_fit_names_the_one_that_does(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
     (finding,) = installation.check_torchvision()
     assert finding.status == FAIL and "nms does not exist" in finding.detail
-    assert 'torchvision==0.21.*' in finding.fix  # the pair of 2.6 in PyTorch's release table
+    assert "torchvision==0.21.*" in finding.fix  # the pair of 2.6 in PyTorch's release table
 
 
 def test_pairs_of_torch_and_torchvision():

@@ -42,8 +42,15 @@ def results(folder):
 
 
 def test_what_the_job_leaves(whole_job):
-    for name in ("config.yaml", "report.html", "pretrain/model_pretrained.pth", "pretrain/views.png",
-                 "pretrain/stock.yaml", "finetune/model_result.pth", "finetune/metrics.json"):  # fmt: skip
+    for name in (
+        "config.yaml",
+        "report.html",
+        "pretrain/model_pretrained.pth",
+        "pretrain/views.png",
+        "pretrain/stock.yaml",
+        "finetune/model_result.pth",
+        "finetune/metrics.json",
+    ):
         assert (whole_job / name).stat().st_size > 0, name
     ap = results(whole_job / "finetune")
     assert 0 <= ap["segm"]["AP"] <= 100 and 0 <= ap["bbox"]["AP50"] <= 100
@@ -156,7 +163,10 @@ def test_resume_under_another_config_is_refused(tiny_cfg):
 def test_two_test_sets(tiny_cfg, tmp_path):
     from d2ssl import pipeline
 
-    pipeline.run(tiny_cfg("SSL.ENABLED", "False",
-                          "DATASETS.TEST", "('balloon_demo_val', 'balloon_demo_train@4')"))  # fmt: skip
+    pipeline.run(
+        tiny_cfg(
+            "SSL.ENABLED", "False", "DATASETS.TEST", "('balloon_demo_val', 'balloon_demo_train@4')"
+        )
+    )
     found = results(tmp_path / "out/finetune")
     assert set(found) == {"balloon_demo_val", "balloon_demo_train@4"}

@@ -35,9 +35,7 @@ def parse_args(argv=None):
         metavar="FILE",
         help="the detector's yaml (default: the stock.yaml beside WEIGHTS)",
     )
-    parser.add_argument(
-        "opts", nargs="*", metavar="KEY VALUE", help="config keys to override"
-    )
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to override")
     args = parser.parse_intermixed_args(argv)
     if args.config_file and not args.weights:
         parser.error("--config-file needs WEIGHTS")

@@ -96,7 +96,7 @@ def has_cuda():
 # Replaces v0.6's setup.py, which imports torch and compiles. Dependencies as in v0.6, less what
 # only its Caffe2 export needs (future, pydot) and a formatter pinned to 2021 (black), which only
 # prettifies saved LazyConfigs. Like v0.6, it leaves torch, torchvision and OpenCV to the user.
-SETUP = '''from setuptools import find_packages, setup
+SETUP = """from setuptools import find_packages, setup
 
 PROJECTS = {
     "detectron2.projects.point_rend": "projects/PointRend/point_rend",
@@ -119,13 +119,13 @@ setup(
         "iopath>=0.1.7,<0.1.10", "omegaconf>=2.1,<2.4", "hydra-core>=1.1,<1.4",
     ],
 )
-'''
+"""
 
 # v0.6's setup.py cannot run here, and even `pip download` would run it, to read the name and the
 # dependencies. So pip is given this build backend in place of setuptools (through PYTHONPATH and
 # --no-build-isolation, which every pip since 19 honours): it answers with the name alone, and not
 # a line of the package runs before its hash is checked.
-BACKEND = '''import os, sys
+BACKEND = """import os, sys
 
 __legacy__ = sys.modules[__name__]
 
@@ -136,7 +136,7 @@ def prepare_metadata_for_build_wheel(directory, config_settings=None):
     with open(os.path.join(directory, name, "METADATA"), "w") as f:
         f.write("Metadata-Version: 2.1\\nName: pb1-detectron2\\nVersion: 0.6\\n")
     return name
-'''
+"""
 
 
 class InstallError(Exception):

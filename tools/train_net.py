@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Pretrain a detector's ResNet + FPN on unlabelled photos, fine-tune Mask R-CNN, evaluate.
 
-    tools/train_net.py --config-file configs/ssl_fpn_balloon.yaml
-    tools/train_net.py --config-file ... --resume
-    tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/finetune/model_result.pth
-    tools/train_net.py --config-file ... SSL.ENABLED False SOLVER.MAX_ITER 1000
+tools/train_net.py --config-file configs/ssl_fpn_balloon.yaml
+tools/train_net.py --config-file ... --resume
+tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/finetune/model_result.pth
+tools/train_net.py --config-file ... SSL.ENABLED False SOLVER.MAX_ITER 1000
 """
 
 import argparse

@@ -133,7 +133,9 @@ def calibration_batches(cfg, names: Sequence[str], limit: int, size: int = 16) -
     dicts = _spread(load_dicts(names), limit)
     images = [mapper({k: v for k, v in d.items() if k != "annotations"})["image"] for d in dicts]
     count = math.ceil(len(images) / size)
-    groups = [images[len(images) * i // count : len(images) * (i + 1) // count] for i in range(count)]
+    groups = [
+        images[len(images) * i // count : len(images) * (i + 1) // count] for i in range(count)
+    ]
     return [[{"image": crop} for crop in _equal_crops(group)] for group in groups]
 
 

@@ -1,7 +1,7 @@
 """What ``tools/doctor.py`` finds out: about the installation, and about a file of weights.
 
-    installation   needs nothing but Python, and reports what is missing or does not fit
-    weights        what a file would load into a detector, and whether that computes what it should
+installation   needs nothing but Python, and reports what is missing or does not fit
+weights        what a file would load into a detector, and whether that computes what it should
 """
 
 import contextlib

@@ -203,7 +203,8 @@ def _fingerprint(model: nn.Module, cfg, probe: torch.Tensor) -> Dict[str, torch.
         )
     heads = getattr(model, "roi_heads", None)
     if isinstance(getattr(heads, "box_head", None), nn.Module) and not isinstance(
-        heads.box_head, nn.ModuleList  # a cascade's
+        heads.box_head,
+        nn.ModuleList,  # a cascade's
     ):
         return fingerprint(model.backbone, heads, cfg, probe)
     cfg = cfg.clone()

@@ -16,7 +16,7 @@ from d2ssl.engine.checkpoint import Checkpointer, load_weights
 from d2ssl.modeling import norm
 from d2ssl.modeling.fingerprint import fingerprint, probe_image, relative_difference
 from d2ssl.modeling.methods import find_method
-from d2ssl.modeling.trunk import Trunk, part_of
+from d2ssl.modeling.trunk import part_of
 
 logger = logging.getLogger("d2ssl")
 
@@ -100,9 +100,7 @@ def hand_off(cfg) -> str:
     batches = calibration_batches(cfg, cfg.SSL.DATASETS, cfg.SSL.CALIBRATION_PHOTOS)
     detector = build_model(finetune).eval()
     # The box head has no such pass: it keeps the statistics of pretraining.
-    norm.recalibrate(
-        trunk.backbone, lambda b: trunk(detector.preprocess_image(b).tensor), batches
-    )
+    norm.recalibrate(trunk.backbone, lambda b: trunk(detector.preprocess_image(b).tensor), batches)
     trunk.roi_heads.box_pooler = detector.roi_heads.box_pooler  # it was scaled for the views
     probe = probe_image()
     trained = fingerprint(trunk.backbone, trunk.roi_heads, finetune, probe)
@@ -142,5 +140,5 @@ def _check_same(trained: Dict, handed: Dict, parts) -> None:
         difference = relative_difference(value, trained[name])
         if not difference < 1e-3:
             raise RuntimeError(
-                f"hand-off changed {name} by {difference:.2g}: this is a bug in d2ssl, please report"
+                f"hand-off changed {name} by {difference:.2g}: a bug in d2ssl, please report it"
             )

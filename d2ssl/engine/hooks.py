@@ -163,7 +163,10 @@ class ValidationLoss(HookBase):
         for norm in norms:
             norm.eval()
         totals: Dict[str, List[float]] = {}
-        with torch.random.fork_rng(devices=[]), EventStorage(0):  # its own storage: the heads log scalars
+        with (
+            torch.random.fork_rng(devices=[]),
+            EventStorage(0),
+        ):  # its own storage: the heads log scalars
             torch.manual_seed(self.seed)  # the same anchors are sampled each time
             for batch in self.batches:
                 losses = self.model(batch)

@@ -14,11 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from d2ssl.compat import create_local_process_group
 from d2ssl.errors import D2SSLError, exit_on_error
 
-
 TIMEOUT = datetime.timedelta(hours=12)  # selective search on many photos runs in one process
 
 
-def launch(main, num_processes, num_machines=1, machine_rank=0, dist_url="auto", device="cpu", args=()):
+def launch(
+    main, num_processes, num_machines=1, machine_rank=0, dist_url="auto", device="cpu", args=()
+):
     """Call ``main(*args)`` in every process of the run, as Detectron2's ``launch`` does.
 
     On a CPU the processes talk through gloo, which Detectron2 v0.6 cannot do.

@@ -204,7 +204,7 @@ class PretrainTrainer(Trainer):
         method.reset_twins()
 
     def _refuse_random_below_learning(self) -> None:
-        """A part that stays random under one that learns is not handed off, so nothing would fit."""
+        """A part left random under one that learns is not handed off, so nothing would fit."""
         trained = set(self.cfg.SSL.TRAIN)
         for i, part in enumerate(PRETRAIN_PARTS):
             loaded = part.upper() in self.loaded_parts
@@ -294,9 +294,7 @@ class FinetuneTrainer(Trainer):
         bottom_up = backbone.bottom_up
         trainable = {p for p in bottom_up.parameters() if p.requires_grad}
         norm.unfreeze(bottom_up)
-        norm.recalibrate(
-            bottom_up, lambda b: bottom_up(module.preprocess_image(b).tensor), batches
-        )
+        norm.recalibrate(bottom_up, lambda b: bottom_up(module.preprocess_image(b).tensor), batches)
         norm.freeze(bottom_up)
         for parameter in bottom_up.parameters():
             parameter.requires_grad_(parameter in trainable)

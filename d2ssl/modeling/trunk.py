@@ -72,7 +72,9 @@ class Trunk(nn.Module):
         pooler = heads["box_pooler"]
         if view_size:
             finetune_size = max(cfg.INPUT.MIN_SIZE_TRAIN)
-            pooler.canonical_box_size = max(1, pooler.canonical_box_size * view_size // finetune_size)
+            pooler.canonical_box_size = max(
+                1, pooler.canonical_box_size * view_size // finetune_size
+            )
         return {
             "backbone": backbone,
             "box_pooler": pooler,

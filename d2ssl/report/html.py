@@ -188,8 +188,10 @@ def _views(stage) -> str:
         picture = _picture(image.convert("RGB"), "views of the first photos")
     return (
         "<h3>What the network sees</h3>"
-        + _line("Views of the first photos. A box has the same number and colour in both views "
-                "that share it.")  # fmt: skip
+        + _line(
+            "Views of the first photos. A box has the same number and colour in both views "
+            "that share it."
+        )  # fmt: skip
         + f'<div class="scroll">{picture}</div>'
     )
 
@@ -323,7 +325,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], main: int = -1) -
     out = f"<tr>{out}</tr>"
     for row in rows:
         cells = (
-            f'<td{" class=main" if i == main else ""}>{html.escape(cell)}</td>'
+            f"<td{' class=main' if i == main else ''}>{html.escape(cell)}</td>"
             for i, cell in enumerate(row)
         )
         out += f"<tr>{''.join(cells)}</tr>"

@@ -13,7 +13,7 @@ from d2ssl.errors import D2SSLError
 
 def gradient(height, width):
     """A smooth picture whose four corners all differ."""
-    y, x = np.mgrid[0:1 : height * 1j, 0:1 : width * 1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     return np.stack([255 * x, 255 * y, 128 + 0 * x], axis=-1).astype(np.uint8)
 
 

@@ -44,9 +44,7 @@ def write_zip(file, files=FILES, prefix="balloon/"):
 
 
 def found(folder):
-    return {
-        str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()
-    }
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 def test_from_folder(script, tmp_path):

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from d2ssl.data.selective_search import _Regions, _merge, _neighbours, selective_search
+from d2ssl.data.selective_search import _merge, _neighbours, _Regions, selective_search
 
 
 def best_iou(box, boxes):

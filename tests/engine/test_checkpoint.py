@@ -65,7 +65,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path):
 
 
 def test_fpn_with_norm_takes_a_stock_fpns_bias(tiny_cfg, tmp_path):
-    """Pretraining puts norms in the FPN; a pretrained detector's FPN must still compute the same."""
+    """Pretraining puts norms in the FPN; a pretrained FPN must still compute the same."""
     stock = build_model(finetune_cfg(tiny_cfg("SSL.ENABLED", "False")))
     torch.manual_seed(0)
     for module in stock.backbone.modules():

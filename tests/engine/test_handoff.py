@@ -43,6 +43,7 @@ assert not any(m.startswith("d2ssl.") for m in sys.modules)
 def handed_off(demo_root, tmp_path_factory):
     """A pretraining run, handed off: (config, content of model_pretrained.pth)."""
     from conftest import CONFIGS, TINY
+
     from d2ssl.config import load_cfg
     from d2ssl.data.datasets import register_balloon
 
@@ -57,7 +58,11 @@ def test_stock_process_computes_the_same(handed_off):
     cfg, _ = handed_off
     yaml = os.path.join(os.path.dirname(pretrained_path(cfg)), "stock.yaml")
     run = subprocess.run(
-        [sys.executable, "-c", STOCK, yaml], capture_output=True, text=True, cwd="/", env=without_d2ssl()
+        [sys.executable, "-c", STOCK, yaml],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env=without_d2ssl(),
     )
     assert run.returncode == 0, run.stderr[-2000:]
     differences = dict(line.split() for line in run.stdout.splitlines() if len(line.split()) == 2)
@@ -91,7 +96,9 @@ def test_norms_hold_the_photos_statistics(handed_off):
     )["model"]
     name = "backbone.bottom_up.res3.0.conv1.norm.running_mean"
     handed = content["model"][name]
-    assert handed.abs().sum() > 0 and not torch.allclose(handed, checkpoint[f"trunk.{name}"], rtol=0.05)
+    assert handed.abs().sum() > 0 and not torch.allclose(
+        handed, checkpoint[f"trunk.{name}"], rtol=0.05
+    )
 
 
 def test_provenance_says_what_the_weights_are(handed_off):

@@ -100,7 +100,10 @@ def test_validation_loss_changes_nothing(storage):
 
         def forward(self, batch):
             assert self.training  # Detectron2 gives losses in training mode only
-            return {"loss_a": self.norm(batch).square().mean() + torch.rand(()), "loss_b": batch.sum()}
+            return {
+                "loss_a": self.norm(batch).square().mean() + torch.rand(()),
+                "loss_b": batch.sum(),
+            }
 
     model = Detector().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -79,7 +79,11 @@ def test_what_heads_give_to_losses_and_box_arithmetic_is_fp32(models):
     _, model = models
     seen = []
     heads = model.roi_heads
-    for module in (model.proposal_generator.rpn_head, heads.box_predictor, heads.mask_head.predictor):
+    for module in (
+        model.proposal_generator.rpn_head,
+        heads.box_predictor,
+        heads.mask_head.predictor,
+    ):
         module.register_forward_hook(lambda m, i, o: seen.append(o))
     losses(model)
     rpn, box, mask = seen

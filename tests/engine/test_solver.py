@@ -24,7 +24,9 @@ def test_schedule_is_detectron2s(name):
     scheduler = build_lr_scheduler(cfg, optimizer)
     ours = main_schedule(cfg.SOLVER, floor=0.0)
     for iteration in range(100):
-        assert ours(iteration) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9), iteration
+        assert ours(iteration) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9), (
+            iteration
+        )
         optimizer.step()
         scheduler.step()
 

@@ -67,9 +67,11 @@ def run_and_stop_at(trainer, iteration):
 )
 def test_resume_is_exact(tiny_cfg, tmp_path, stage_cfg, trainer_class, opts):
     whole, parts = (
-        stage_cfg(tiny_cfg("SSL.ENABLED", str(stage_cfg is pretrain_cfg), *opts, output_dir=tmp_path / d))
+        stage_cfg(
+            tiny_cfg("SSL.ENABLED", str(stage_cfg is pretrain_cfg), *opts, output_dir=tmp_path / d)
+        )
         for d in ("whole", "parts")
-    )  # fmt: skip
+    )
     os.makedirs(whole.OUTPUT_DIR), os.makedirs(parts.OUTPUT_DIR)
     trainer_class(whole).train()
     run_and_stop_at(trainer_class(parts), 3)
@@ -91,7 +93,9 @@ def test_two_processes_equal_one(tiny_cfg, tmp_path, demo_root, monkeypatch):
     monkeypatch.setenv("TEST_DEMO_ROOT", str(demo_root))
     states = []
     for count in (1, 2):
-        cfg = tiny_cfg("SSL.PRECISION", "fp32", "SSL.SOLVER.MAX_ITER", "2", output_dir=tmp_path / str(count))
+        cfg = tiny_cfg(
+            "SSL.PRECISION", "fp32", "SSL.SOLVER.MAX_ITER", "2", output_dir=tmp_path / str(count)
+        )
         launch(train_in_processes, count, args=(pretrain_cfg(cfg),))
         states.append(final_state(pretrain_cfg(cfg).OUTPUT_DIR)["model"])
     one, two = states
@@ -142,7 +146,9 @@ def donor(tiny_cfg, tmp_path):
     torch.manual_seed(0)
     for module in trainer.module.modules():
         if isinstance(module, FrozenBatchNorm2d):
-            module.running_mean += 0.2 * module.running_var.sqrt() * torch.randn(module.num_features)
+            module.running_mean += (
+                0.2 * module.running_var.sqrt() * torch.randn(module.num_features)
+            )
             module.running_var *= torch.rand(module.num_features) + 0.5
     path = str(tmp_path / "donor.pth")
     torch.save({"model": trainer.module.state_dict()}, path)
@@ -183,9 +189,18 @@ def test_loaded_norms_start_with_the_statistics_of_the_frozen_net(tiny_cfg, tmp_
 def test_lr_of_loaded_parts_starts_low_and_meets_the_schedule(tiny_cfg, tmp_path):
     weights = donor(tiny_cfg, tmp_path)
     cfg = pretrain_cfg(
-        tiny_cfg("MODEL.WEIGHTS", weights, "SSL.SOLVER.LOADED_LR_FACTOR", "0.1",
-                 "SSL.SOLVER.WARMUP_ITERS", "0", "SSL.SOLVER.MAX_ITER", "100",
-                 "SSL.SOLVER.LR_FACTOR.FPN", "0.5")  # fmt: skip
+        tiny_cfg(
+            "MODEL.WEIGHTS",
+            weights,
+            "SSL.SOLVER.LOADED_LR_FACTOR",
+            "0.1",
+            "SSL.SOLVER.WARMUP_ITERS",
+            "0",
+            "SSL.SOLVER.MAX_ITER",
+            "100",
+            "SSL.SOLVER.LR_FACTOR.FPN",
+            "0.5",
+        )  # fmt: skip
     )
     trainer = PretrainTrainer(cfg)
     main = [trainer.lr_multiple("HEADS", i) for i in range(100)]
@@ -199,8 +214,16 @@ def test_lr_of_loaded_parts_starts_low_and_meets_the_schedule(tiny_cfg, tmp_path
 
 def test_unfreezing_at_an_iteration(tiny_cfg):
     cfg = finetune_cfg(
-        tiny_cfg("SSL.ENABLED", "False", "SSL.FINETUNE.FROZEN_PARTS", "('RES4', 'FPN')",
-                 "SSL.FINETUNE.UNFREEZE_ITER", "2", "SOLVER.MAX_ITER", "3")  # fmt: skip
+        tiny_cfg(
+            "SSL.ENABLED",
+            "False",
+            "SSL.FINETUNE.FROZEN_PARTS",
+            "('RES4', 'FPN')",
+            "SSL.FINETUNE.UNFREEZE_ITER",
+            "2",
+            "SOLVER.MAX_ITER",
+            "3",
+        )  # fmt: skip
     )
     os.makedirs(cfg.OUTPUT_DIR)
     trainer = FinetuneTrainer(cfg)
@@ -212,7 +235,10 @@ def test_unfreezing_at_an_iteration(tiny_cfg):
         before = {k: trainer.module.get_parameter(n).clone() for k, n in names.items()}
         step()
         history.append(
-            {k: not torch.equal(before[k], trainer.module.get_parameter(n)) for k, n in names.items()}
+            {
+                k: not torch.equal(before[k], trainer.module.get_parameter(n))
+                for k, n in names.items()
+            }
         )
 
     trainer.run_step = run_step
@@ -250,7 +276,11 @@ def test_random_frozen_stages_are_refused(tiny_cfg):
 
 def test_random_norms_are_calibrated_or_refused(tiny_cfg):
     cfg = finetune_cfg(tiny_cfg("SSL.ENABLED", "False"))
-    norms = [m for m in FinetuneTrainer(cfg).module.backbone.modules() if isinstance(m, FrozenBatchNorm2d)]
+    norms = [
+        m
+        for m in FinetuneTrainer(cfg).module.backbone.modules()
+        if isinstance(m, FrozenBatchNorm2d)
+    ]
     assert norms and all((m.running_mean != 0).any() for m in norms)
     cfg = tiny_cfg("SSL.ENABLED", "False", "SSL.FINETUNE.CALIBRATE_NORMS", "never")
     with pytest.raises(D2SSLError, match="mean 0 and variance 1"):
@@ -271,8 +301,14 @@ def test_a_batch_too_small_for_batch_statistics(tiny_cfg):
         PretrainTrainer(pretrain_cfg(tiny_cfg("SSL.METHOD", "Soko")))
 
 
-@pytest.mark.parametrize("parts, left", [(["fpn", "box_head"], "bottom_up"), (["box_head"], "bottom_up"),
-                                         (["bottom_up", "box_head"], "fpn")])  # fmt: skip
+@pytest.mark.parametrize(
+    "parts, left",
+    [
+        (["fpn", "box_head"], "bottom_up"),
+        (["box_head"], "bottom_up"),
+        (["bottom_up", "box_head"], "fpn"),
+    ],
+)
 def test_random_parts_below_what_learns_are_refused(tiny_cfg, parts, left):
     with pytest.raises(D2SSLError, match=f"SSL.TRAIN leaves {left} at random weights"):
         PretrainTrainer(pretrain_cfg(tiny_cfg("SSL.TRAIN", str(parts))))

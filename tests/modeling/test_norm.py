@@ -55,7 +55,9 @@ def test_calibration_keeps_the_eval_function_and_measures_the_input(images):
     assert names == ["1", "4", "7", "10"]
     assert difference(net.eval()(images), frozen(images)) < 1e-5
     x = frozen[0](images).double()  # input of the first norm, float64 and in one piece
-    torch.testing.assert_close(net[1].running_mean.double(), x.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        net[1].running_mean.double(), x.mean((0, 2, 3)), rtol=1e-5, atol=1e-6
+    )
     expected = x.var((0, 2, 3), correction=0)
     torch.testing.assert_close(net[1].running_var.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -64,7 +66,9 @@ def test_variance_of_a_large_mean_survives():
     norm_layer = nn.BatchNorm2d(1)
     x = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.01 + 1000
     norm.calibrate(norm_layer, norm_layer, [x[:4], x[4:]])
-    assert norm_layer.running_var.item() == pytest.approx(x.double().var(correction=0).item(), rel=1e-3)
+    assert norm_layer.running_var.item() == pytest.approx(
+        x.double().var(correction=0).item(), rel=1e-3
+    )
 
 
 def test_only_loaded_norms_are_calibrated(images):

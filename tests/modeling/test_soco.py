@@ -3,13 +3,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
 
 from d2ssl.config import pretrain_cfg
 from d2ssl.data.build import build_pretrain_loader
 from d2ssl.engine.trainer import PretrainTrainer
-from d2ssl.modeling.methods import find_method
 from d2ssl.errors import D2SSLError
-from detectron2.modeling import build_model
+from d2ssl.modeling.methods import find_method
 
 
 @pytest.fixture

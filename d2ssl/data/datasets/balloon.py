@@ -30,9 +30,7 @@ def register_balloon(
     folder = os.path.join(root, name)
     for split in ("train", "val"):
         load = partial(_load_split, folder, split, classes)
-        register_dataset(
-            f"{name}_{split}", load, thing_classes=[*classes], evaluator_type="coco"
-        )
+        register_dataset(f"{name}_{split}", load, thing_classes=[*classes], evaluator_type="coco")
     load = partial(_load_unlabeled, folder)
     register_dataset(f"{name}_unlabeled", load, thing_classes=[*classes])
 

@@ -79,4 +79,4 @@ def _advice(base: str, name: str) -> str:
     nearest = difflib.get_close_matches(base, DatasetCatalog.list(), n=1, cutoff=0.5)
     if not nearest:
         return "register it first, see datasets/README.md"
-    return f"did you mean {nearest[0] + name[len(base):]!r}?"
+    return f"did you mean {nearest[0] + name[len(base) :]!r}?"

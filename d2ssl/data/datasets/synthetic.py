@@ -406,9 +406,7 @@ def _has_one_outline(mask: np.ndarray) -> bool:
 
 def _outer_contour(mask: np.ndarray) -> np.ndarray:
     """Around the largest piece of a mask: Nx1x2 int32, each x, y."""
-    contours, _ = cv2.findContours(
-        mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
-    )
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     return max(contours, key=cv2.contourArea)
 
 
@@ -439,9 +437,7 @@ def _draw_post(generator: np.random.RandomState, canvas: np.ndarray) -> None:
     cv2.line(canvas, (x, 0), (x + lean, height), colour, thickness, cv2.LINE_AA)
 
 
-def _draw_leaves(
-    generator: np.random.RandomState, layer: np.ndarray, front: np.ndarray
-) -> None:
+def _draw_leaves(generator: np.random.RandomState, layer: np.ndarray, front: np.ndarray) -> None:
     """A branch that reaches in from a corner."""
     shape = layer.shape[:2]
     corner = (shape[1] * generator.randint(2), int(shape[0] * generator.uniform(0, 1)))
@@ -455,9 +451,7 @@ def _draw_leaves(
         cv2.ellipse(front, centre, axes, angle, 0, 360, 1, -1)
 
 
-def _draw_person(
-    generator: np.random.RandomState, layer: np.ndarray, front: np.ndarray
-) -> None:
+def _draw_person(generator: np.random.RandomState, layer: np.ndarray, front: np.ndarray) -> None:
     """Somebody who stands in the foreground: head, hair, shoulders."""
     shape = layer.shape[:2]
     head = int(generator.uniform(0.05, 0.09) * min(shape))

@@ -1,4 +1,4 @@
-"""What all pretext methods share, so that a method's file says only what is contrasted with what."""
+"""What all pretext methods share: a method's own file says only what is contrasted with what."""
 
 import copy
 from typing import Dict, List, Sequence, Tuple
