@@ -108,13 +108,11 @@ class DetectionMapper(DatasetMapper):
     Boxes and masks are scaled along; augmentations, filters and output are the stock ones.
     """
 
-    def __init__(self, cfg, read_photo: Callable, is_train: bool = True, augmentations=None):
+    def __init__(self, cfg, read_photo: Callable, is_train: bool = True):
         stock = DatasetMapper.from_config(cfg, True)  # True: keep the annotations
         if not is_train:
             size, most = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
             stock["augmentations"] = [T.ResizeShortestEdge(size, most, "choice")] if size else []
-        if augmentations is not None:
-            stock["augmentations"] = augmentations
         # DatasetMapper is @configurable: without a config it takes these arguments.
         super().__init__(**stock)
         self.read_photo = read_photo

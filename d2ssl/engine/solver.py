@@ -1,6 +1,7 @@
 """Optimizer and learning-rate schedule, each part of the network with its own factor."""
 
 import math
+from types import SimpleNamespace
 from typing import Callable, Dict, Iterable, List, Tuple
 
 import torch
@@ -50,14 +51,8 @@ def build_optimizer(solver, name: str, parts: Dict[str, Iterable[Tuple[nn.Module
         optimizer = LARS(groups, lr=lr, momentum=momentum)
     else:
         optimizer = torch.optim.AdamW(groups, lr=lr)
-    return maybe_add_gradient_clipping(SolverOnly(solver), optimizer)
-
-
-class SolverOnly:
-    """A config of which Detectron2's clipping reads nothing but ``SOLVER``."""
-
-    def __init__(self, solver):
-        self.SOLVER = solver
+    # Of a config, Detectron2's clipping reads nothing but SOLVER.
+    return maybe_add_gradient_clipping(SimpleNamespace(SOLVER=solver), optimizer)
 
 
 def named_leaves(model: nn.Module):

@@ -12,7 +12,6 @@ from torch import nn
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.norm import freeze
 
-PYRAMID_LEVELS = ("p2", "p3", "p4", "p5")
 FINETUNE_PARTS = ("STEM", "RES2", "RES3", "RES4", "RES5", "FPN", "RPN", "BOX_HEAD", "MASK_HEAD")
 
 

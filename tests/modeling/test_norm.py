@@ -142,5 +142,4 @@ def test_recalibrated_resnet_computes_in_eval_mode_what_training_mode_computes()
             return difference(net.eval()(photos)["res5"], net.train()(photos)["res5"])
 
     together, alone = error_after(list(photos.split(16))), error_after(list(photos.split(1)))
-    print(together, alone)
     assert together < 0.3 and together < 0.5 * alone
