@@ -4,7 +4,7 @@ import importlib
 import logging
 import math
 import os
-from typing import List, Sequence
+from typing import FrozenSet, List, Sequence
 
 import torch
 from detectron2.data import DatasetCatalog
@@ -15,6 +15,8 @@ from d2ssl.data.loader import StreamLoader
 from d2ssl.data.mapper import DetectionMapper, PretextMapper
 from d2ssl.data.photos import PhotoStore, read_photo
 from d2ssl.data.proposals import attach_proposals
+from d2ssl.data.regions import attach_regions
+from d2ssl.data.views import photo_side
 from d2ssl.errors import D2SSLError
 
 logger = logging.getLogger("d2ssl")
@@ -73,13 +75,16 @@ def _store(cfg, dicts: List[dict], short_side: int) -> PhotoStore:
     return store
 
 
-def build_pretrain_loader(cfg, views, view_pairs) -> StreamLoader:
-    """Views of the photos of ``cfg.DATASETS.TRAIN`` (a :func:`~d2ssl.config.pretrain_cfg`)."""
+def build_pretrain_loader(cfg, views, view_pairs, needs: FrozenSet[str]) -> StreamLoader:
+    """Views of the photos of ``cfg.DATASETS.TRAIN`` (a :func:`~d2ssl.config.pretrain_cfg`).
+
+    ``views``, ``view_pairs`` and ``needs`` are those of
+    :class:`~d2ssl.data.mapper.PretextMapper`.
+    """
     dicts = load_dicts(cfg.DATASETS.TRAIN)
-    # A crop of the smallest allowed area is then still not enlarged to make a view.
-    short_side = math.ceil(max(v.size for v in views) / math.sqrt(min(cfg.SSL.INPUT.CROP_SCALE)))
-    store = _store(cfg, dicts, short_side)
-    if view_pairs:
+    store = _store(cfg, dicts, photo_side(views))
+    cores = max(1, os.cpu_count() or 1)
+    if "boxes" in needs:
         proposals = cfg.SSL.PROPOSALS
         dicts = _first_process_first(
             lambda: attach_proposals(
@@ -87,14 +92,19 @@ def build_pretrain_loader(cfg, views, view_pairs) -> StreamLoader:
                 proposals.SOURCE,
                 read_photo,
                 cache_dir(cfg),
-                num_workers=max(1, os.cpu_count() or 1),
+                num_workers=cores,
                 min_scale=proposals.MIN_SCALE,
                 max_scale=proposals.MAX_SCALE,
                 max_aspect=proposals.MAX_ASPECT,
             )
         )
+    if "regions" in needs:
+        regions = cfg.SSL.REGIONS
+        # Cheap enough for every process to find them for itself, at the same time.
+        workers = max(1, cores // comm.get_world_size())
+        dicts = attach_regions(dicts, regions.SOURCE, regions.NUM, read_photo, workers)
     dicts = [{k: v for k, v in d.items() if k != "annotations"} for d in dicts]
-    mapper = PretextMapper(cfg, store.get, views, view_pairs)
+    mapper = PretextMapper(cfg, store.get, views, view_pairs, needs)
     solver, workers = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS
     return StreamLoader(dicts, mapper, solver.IMS_PER_BATCH, cfg.SEED, workers)
 

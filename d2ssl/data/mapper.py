@@ -1,7 +1,7 @@
-"""What one photo becomes: views with matched boxes, or a detector's training example."""
+"""What one photo becomes: views and what is matched in them, or a detector's training example."""
 
 import copy
-from typing import Callable, List, Sequence, Tuple
+from typing import Callable, FrozenSet, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -9,7 +9,8 @@ from detectron2.config import configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 
-from d2ssl.data.views import View, cut_out, draw_view, paired_boxes
+from d2ssl.data.regions import regions_in_view
+from d2ssl.data.views import View, cut_out, draw_holes, draw_views, paired_boxes, window_of
 from d2ssl.errors import D2SSLError
 
 
@@ -22,13 +23,15 @@ def to_tensor(photo: np.ndarray, image_format: str) -> torch.Tensor:
 
 
 class PretextMapper:
-    """Draws the views of one photo and the boxes that pairs of them share.
+    """Draws the views of one photo, and what a pretext method needs to know of them.
 
     Args:
         read_photo: file name -> H x W x 3 uint8 RGB.
         views, view_pairs: as the pretext method declares them.
-        num_boxes: K, boxes a pair; 0 for methods without boxes.
+        needs: which of "boxes" (that pairs of views share), "regions" and "holes" are made.
         fill: RGB value that becomes 0 after normalisation, for cut-outs.
+        num_boxes: K, boxes a pair.
+        hole_share, hole_size: see :func:`~d2ssl.data.views.draw_holes`.
     """
 
     @configurable
@@ -38,38 +41,63 @@ class PretextMapper:
         read_photo: Callable,
         views: Sequence[View],
         view_pairs: Sequence[Tuple[int, int]],
+        needs: FrozenSet[str],
         image_format: str,
         fill: Sequence[float],
         num_boxes: int,
         min_box_size: float,
         box_jitter: float,
+        hole_share: float,
+        hole_size: float,
     ):
         self.read_photo = read_photo
-        self.views, self.view_pairs = list(views), list(view_pairs)
+        self.views, self.view_pairs, self.needs = list(views), list(view_pairs), needs
         self.image_format, self.fill = image_format, fill
         self.num_boxes, self.min_box_size, self.box_jitter = num_boxes, min_box_size, box_jitter
+        self.hole_share, self.hole_size = hole_share, hole_size
 
     @classmethod
-    def from_config(cls, cfg, read_photo, views, view_pairs):
+    def from_config(cls, cfg, read_photo, views, view_pairs, needs):
         mean = cfg.MODEL.PIXEL_MEAN
         return {
             "read_photo": read_photo,
             "views": views,
             "view_pairs": view_pairs,
+            "needs": needs,
             "image_format": cfg.INPUT.FORMAT,
             "fill": mean[::-1] if cfg.INPUT.FORMAT == "BGR" else mean,
             "num_boxes": cfg.SSL.SOCO.NUM_BOXES,
             "min_box_size": cfg.SSL.SOCO.MIN_BOX_SIZE,
             "box_jitter": cfg.SSL.SOCO.BOX_JITTER,
+            "hole_share": cfg.SSL.HOLES.SHARE,
+            "hole_size": cfg.SSL.HOLES.SIZE,
         }
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """Detectron2 dict with ``proposal_boxes`` (photo's own pixels) -> see
-        :meth:`d2ssl.modeling.methods.base.PretextMethod.forward`."""
+        """
+        Args:
+            dataset_dict: Detectron2's; with ``proposal_boxes`` (N x 4 XYXY in the photo's own
+                pixels) if boxes are needed, with ``regions`` (see
+                :func:`~d2ssl.data.regions.attach_regions`) if regions are.
+
+        Returns:
+            ``image_id``; ``views``, a list of 3 x size x size uint8 images in the config's colour
+            order; ``windows``, V x 4 float32, see :func:`~d2ssl.data.views.window_of`; ``pairs``,
+            for each of ``view_pairs`` a dict of ``boxes`` (two K x 4 float32 XYXY in pixels of the
+            views) and ``ids`` (K, -1 where the views share nothing), empty without boxes.
+            With regions ``regions``, for each view its size/4 x size/4 int64 labels: the cells of
+            P2. With holes ``holes``, for each view 1 x size x size bool, True where the picture
+            is to be filled in; ``views`` are whole.
+        """
         photo = self.read_photo(dataset_dict["file_name"])
-        drawn = [draw_view(view, photo) for view in self.views]
-        out = {"image_id": dataset_dict["image_id"], "pairs": []}
-        if self.view_pairs and self.num_boxes:
+        drawn = draw_views(self.views, photo)
+        windows = [window_of(move, v.size) for v, (_, move) in zip(self.views, drawn)]
+        out = {
+            "image_id": dataset_dict["image_id"],
+            "windows": torch.as_tensor(np.stack(windows), dtype=torch.float32),
+            "pairs": [],
+        }
+        if "boxes" in self.needs:
             # The photo in memory may be a scaled copy of the one that the boxes were found on.
             proposals = dataset_dict["proposal_boxes"] * np.tile(
                 [photo.shape[1] / dataset_dict["width"], photo.shape[0] / dataset_dict["height"]], 2
@@ -77,6 +105,16 @@ class PretextMapper:
             out["pairs"] = [self._pair(a, b, drawn, proposals) for a, b in self.view_pairs]
         images = self._cut_out([image for image, _ in drawn], out["pairs"])
         out["views"] = [to_tensor(image, self.image_format) for image in images]
+        if "regions" in self.needs:
+            out["regions"] = [
+                torch.from_numpy(
+                    regions_in_view(dataset_dict["regions"], window, photo.shape, view.size // 4)
+                )
+                for view, window in zip(self.views, windows)
+            ]
+        # Drawn last, so that views and boxes are the same whether or not holes are needed.
+        if "holes" in self.needs:
+            out["holes"] = [draw_holes(v.size, self.hole_share, self.hole_size) for v in self.views]
         return out
 
     def _pair(self, a: int, b: int, drawn, proposals) -> dict:

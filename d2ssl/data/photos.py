@@ -1,8 +1,9 @@
 """Reading photos as stock Detectron2 reads them, and keeping them decoded in memory."""
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
-from typing import Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from typing import Callable, Iterable, Sequence
 
 import cv2
 import numpy as np
@@ -88,6 +89,31 @@ def _unreadable(path: str, error: Exception) -> D2SSLError:
     if isinstance(error, Image.UnidentifiedImageError):
         reason = "not a picture that PIL knows"
     return D2SSLError(f"{path}: cannot be read ({reason}); save it again as JPEG or PNG")
+
+
+def shrink(photo: np.ndarray, long_side: int) -> np.ndarray:
+    """A copy whose long side is at most ``long_side`` px, by area averaging; never enlarged."""
+    height, width = photo.shape[:2]
+    scale = min(1.0, long_side / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
+
+
+def map_photos(function: Callable, files: Sequence[str], title: str, num_workers: int) -> list:
+    """
+    ``function`` of each file, in order, with a progress bar.
+
+    Args:
+        function: takes a path; must be picklable if ``num_workers`` > 0.
+        title: of the progress bar.
+        num_workers: processes; 0: this one.
+    """
+    bar = partial(tqdm, total=len(files), desc=title, unit="photo", disable=None)
+    if num_workers == 0 or len(files) < 2:
+        return list(bar(map(function, files)))
+    # OpenCV's own threads would compete with the processes, and do not survive a fork.
+    with ProcessPoolExecutor(num_workers, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
+        return list(bar(pool.map(function, files)))
 
 
 class PhotoStore:

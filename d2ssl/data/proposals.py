@@ -15,13 +15,11 @@ import os
 import tempfile
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
-import cv2
 import numpy as np
-from tqdm import tqdm
 
+from d2ssl.data.photos import map_photos
 from d2ssl.data.selective_search import selective_search
 from d2ssl.errors import D2SSLError
 
@@ -197,12 +195,7 @@ def _search_all(dataset_dicts, read_photo, cache_dir, num_workers) -> list[np.nd
         os.makedirs(cache_dir, exist_ok=True)
     search = partial(_search_one, read_photo=read_photo, cache_dir=cache_dir)
     files = [d["file_name"] for d in dataset_dicts]
-    bar = partial(tqdm, total=len(files), desc="selective search", unit="photo", disable=None)
-    if num_workers == 0 or len(files) < 2:
-        return list(bar(map(search, files)))
-    # OpenCV's own threads would compete with the processes, and do not survive a fork.
-    with ProcessPoolExecutor(num_workers, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
-        return list(bar(pool.map(search, files)))
+    return map_photos(search, files, "selective search", num_workers)
 
 
 def _search_one(file_name: str, read_photo: Callable, cache_dir: str | None) -> np.ndarray:

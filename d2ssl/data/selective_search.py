@@ -11,6 +11,8 @@ import heapq
 import cv2
 import numpy as np
 
+from d2ssl.data.photos import shrink
+
 COLOUR_BINS = 25
 ORIENTATIONS = 8
 MAGNITUDES = 10
@@ -38,29 +40,36 @@ def selective_search(
         Nx4 float32 XYXY in pixels of ``image``, no two equal, in no particular order. N is at
         least 1.
     """
-    from skimage.segmentation import felzenszwalb  # slow import, and only this source needs it
+    small = shrink(image, long_side)
+    labels = segments(small, scale, sigma, min_segment)
+    boxes = np.unique(_merge(small, labels), axis=0).astype(np.float32)
+    (height, width), (small_h, small_w) = image.shape[:2], small.shape[:2]
+    return boxes * np.array([width / small_w, height / small_h] * 2, dtype=np.float32)
 
-    height, width = image.shape[:2]
-    shrink = min(1.0, long_side / max(height, width))
-    small_w, small_h = max(1, round(width * shrink)), max(1, round(height * shrink))
-    small = cv2.resize(image, (small_w, small_h), interpolation=cv2.INTER_AREA)
-    length = max(small_w, small_h) / 500
-    labels = felzenszwalb(
-        small,
+
+def segments(
+    image: np.ndarray, scale: float = 100.0, sigma: float = 0.9, min_segment: int = 100
+) -> np.ndarray:
+    """Felzenszwalb's segments of an HxWx3 uint8 RGB image: HxW int64, numbered from 0.
+
+    The parameters are those of :func:`selective_search`, for a long side of 500 px.
+    """
+    from skimage.segmentation import felzenszwalb  # slow import, and not every run needs it
+
+    length = max(image.shape[:2]) / 500
+    return felzenszwalb(
+        image,
         scale=scale * length**2,
         sigma=sigma * length,
         min_size=max(4, round(min_segment * length**2)),
     )
-    boxes = np.unique(_merge(small, labels), axis=0).astype(np.float32)
-    return boxes * np.array([width / small_w, height / small_h] * 2, dtype=np.float32)
 
 
 def _merge(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Boxes of all regions, first the R segments and then the M merged ones: (R+M)x4 XYXY."""
-    regions = _Regions(image, labels)
-    neighbours = _neighbours(labels, len(regions.size))
+    regions = Regions(image, labels)
     heap = []
-    for region, others in enumerate(neighbours[: regions.count]):
+    for region, others in enumerate(regions.neighbours[: regions.count]):
         later = [other for other in others if other > region]
         heap += zip(-regions.similarity(region, later), [region] * len(later), later)
     heapq.heapify(heap)
@@ -69,18 +78,19 @@ def _merge(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
         if not (regions.alive[a] and regions.alive[b]):
             continue  # stale: one of them has been merged since the pair was pushed
         merged = regions.merge(a, b)
-        neighbours[merged] = (neighbours[a] | neighbours[b]) - {a, b}
-        for other in neighbours[merged]:
-            neighbours[other] -= {a, b}
-            neighbours[other].add(merged)
-        others = list(neighbours[merged])
+        others = list(regions.neighbours[merged])
         for score, other in zip(regions.similarity(merged, others), others):
             heapq.heappush(heap, (-score, other, merged))
     return regions.box[: regions.count]
 
 
-class _Regions:
-    """Features of the segments and, row after row, of the regions merged from them."""
+class Regions:
+    """Features of R segments and, row after row, of the regions merged from them.
+
+    Args:
+        image: HxWx3 uint8, RGB.
+        labels: HxW integers, 0 to R-1, none left out.
+    """
 
     def __init__(self, image: np.ndarray, labels: np.ndarray):
         self.count = count = int(labels.max()) + 1
@@ -96,6 +106,7 @@ class _Regions:
         features = np.concatenate([colours, textures], axis=1)
         self.features = np.zeros((rows, features.shape[1]), dtype=np.float32)
         self.features[:count] = features
+        self.neighbours = _neighbours(labels, rows)
 
     def similarity(self, region: int, others: list[int]) -> np.ndarray:
         """Colour + texture + size + fill of one region with each of the others, each in [0,1]."""
@@ -109,7 +120,7 @@ class _Regions:
         return features + (1 - both / self.area) + (1 - gap / self.area)
 
     def merge(self, a: int, b: int) -> int:
-        """Replace regions a and b by their union; the number of its row."""
+        """Replace two neighbours by their union; the number of its row."""
         new, self.count = self.count, self.count + 1
         self.alive[[a, b, new]] = False, False, True
         self.size[new] = self.size[a] + self.size[b]
@@ -117,6 +128,10 @@ class _Regions:
         self.box[new, 2:] = np.maximum(self.box[a, 2:], self.box[b, 2:])
         weighted = self.size[a] * self.features[a] + self.size[b] * self.features[b]
         self.features[new] = weighted / self.size[new]
+        self.neighbours[new] = (self.neighbours[a] | self.neighbours[b]) - {a, b}
+        for other in self.neighbours[new]:
+            self.neighbours[other] -= {a, b}
+            self.neighbours[other].add(new)
         return new
 
 

@@ -2,18 +2,25 @@
 
 Every view is made by Detectron2 transforms, so that boxes, masks and points follow the pixels.
 Coordinates are continuous, as Detectron2's: a photo of width W reaches from x = 0 to x = W, and a
-box is XYXY. All randomness of a view is drawn from ``np.random``, which the loader seeds per item.
+box is XYXY. All randomness of a view is drawn from ``np.random``, which the loader seeds per item;
+that of its holes from ``random``, which it seeds as well.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from detectron2.data import transforms as T
+from lightly.models.utils import random_block_mask_image
 
 from d2ssl.data import photometric
+
+HOLE_GRID = 32  # holes are made of a view's 1/32 parts, which are whole pixels at any view size
 
 
 class RandomResizedCrop(T.Augmentation):
@@ -30,14 +37,7 @@ class RandomResizedCrop(T.Augmentation):
 
     def get_transform(self, image):
         height, width = image.shape[:2]
-        x, y, w, h = self._draw(height, width)
-        return T.TransformList(
-            [
-                T.CropTransform(x, y, w, h, width, height),
-                # Bilinear over the area that one new pixel covers: no aliasing when it shrinks.
-                T.ResizeTransform(h, w, self.size, self.size),
-            ]
-        )
+        return resized_crop(*self._draw(height, width), height, width, self.size)
 
     def _draw(self, height: int, width: int) -> tuple[int, int, int, int]:
         for _ in range(10):
@@ -50,6 +50,17 @@ class RandomResizedCrop(T.Augmentation):
         w = max(1, min(width, round(height * self.ratio[1])))
         h = max(1, min(height, round(width / self.ratio[0])))
         return (width - w) // 2, (height - h) // 2, w, h
+
+
+def resized_crop(x, y, w, h, height: int, width: int, size: int) -> T.TransformList:
+    """A window of a height x width photo, at size x size px."""
+    return T.TransformList(
+        [
+            T.CropTransform(x, y, w, h, width, height),
+            # Bilinear over the area that one new pixel covers: no aliasing when it shrinks.
+            T.ResizeTransform(h, w, size, size),
+        ]
+    )
 
 
 class ResizeTo(T.Augmentation):
@@ -72,7 +83,9 @@ class View:
     brightness, contrast, saturation and hue, applied with probability jitter_p. gray, blur_p,
     solarize_p: probabilities. plane_shift: each colour plane moves by up to this x 255; 0: off;
     permute_planes: it also changes their order. cutout_p: probability per matched box, see
-    :func:`cut_out`; :func:`draw_view` knows no boxes and leaves it to its caller.
+    :func:`cut_out`; :func:`draw_view` knows no boxes and leaves it to its caller. of: index of an
+    earlier view; this one then shows the same window of the photo at its own size, with a flip and
+    colours of its own, and crop_scale and ratio say nothing.
     """
 
     size: int
@@ -87,6 +100,7 @@ class View:
     plane_shift: float = 0.0
     permute_planes: bool = False
     cutout_p: float = 0.0
+    of: int | None = None
 
     @functools.cache  # augmentations hold no state, and building them for each photo costs time
     def geometric(self) -> list[T.Augmentation]:
@@ -109,21 +123,46 @@ class View:
             T.RandomApply(T.ColorTransform(photometric.solarize), self.solarize_p),
         ]
 
-    def augmentations(self) -> list[T.Augmentation]:
-        return self.geometric() + self.photometric()
+
+def photo_side(views: Sequence[View]) -> int:
+    """Short side in px of a photo whose smallest square crop is still not enlarged for a view."""
+    shares = []  # of the photo's area that a view shows, at least
+    for view in views:
+        least = 1.0 if view.crop_scale is None else min(view.crop_scale)
+        shares.append(least if view.of is None else shares[view.of])
+    return math.ceil(max(view.size / math.sqrt(share) for view, share in zip(views, shares)))
 
 
-def draw_view(view: View, photo: np.ndarray) -> tuple[np.ndarray, T.TransformList]:
+def draw_views(
+    views: Sequence[View], photo: np.ndarray
+) -> list[tuple[np.ndarray, T.TransformList]]:
+    """What :func:`draw_view` gives for each of a photo's views, in order."""
+    drawn = []
+    for view in views:
+        window = None
+        if view.of is not None:
+            corners = window_of(drawn[view.of][1], views[view.of].size).reshape(2, 2)
+            (x1, y1), (x2, y2) = np.sort(corners, axis=0).round().astype(int).tolist()
+            window = resized_crop(x1, y1, x2 - x1, y2 - y1, *photo.shape[:2], view.size)
+        drawn.append(draw_view(view, photo, window))
+    return drawn
+
+
+def draw_view(
+    view: View, photo: np.ndarray, window: T.Transform | None = None
+) -> tuple[np.ndarray, T.TransformList]:
     """Draw one view of a photo.
 
     Args:
         photo: HxWx3 uint8, RGB.
+        window: photo -> view before its flip; None: drawn as the view says.
 
     Returns:
         image (size x size x 3 uint8, RGB, contiguous) and the geometric transforms, photo -> view.
     """
     drawn = T.AugInput(photo)
-    transforms = drawn.apply_augmentations(view.geometric())
+    drawn_window, flip = view.geometric()
+    transforms = drawn.apply_augmentations([window or drawn_window, flip])
     drawn.image = np.ascontiguousarray(drawn.image)  # a flip only reverses the strides
     drawn.apply_augmentations(view.photometric())
     return np.ascontiguousarray(drawn.image), transforms
@@ -145,6 +184,17 @@ def apply_points(transforms: T.Transform, points: np.ndarray) -> np.ndarray:
     """
     # A float copy: Detectron2's transforms work in place, and would round integer coordinates.
     return transforms.apply_coords(np.array(points, dtype=np.float64).reshape(-1, 2))
+
+
+def window_of(transforms: T.Transform, size: int) -> np.ndarray:
+    """What a size x size view shows: the x of its left edge, y of its top, x of its right and y of
+    its bottom edge, 4 float64 in pixels of the photo.
+
+    In a flipped view left > right. Nothing is rotated, so the centre of cell (i, j) of a map with
+    h x w cells lies at x = left + (right - left) (j + 0.5) / w and
+    y = top + (bottom - top) (i + 0.5) / h.
+    """
+    return apply_points(transforms.inverse(), [[0, 0], [size, size]]).reshape(4)
 
 
 def clip(boxes: np.ndarray, size: int) -> np.ndarray:
@@ -219,11 +269,10 @@ def _jitter(boxes: np.ndarray, amount: float, p: float, rng) -> np.ndarray:
 
 def _shared_window(transforms_a, transforms_b, size_a, size_b, k, min_size, free_id):
     views = [(transforms_a, size_a), (transforms_b, size_b)]
-    in_photo = [apply_boxes(t.inverse(), [[0, 0, size, size]])[0] for t, size in views]
-    window = np.maximum(*in_photo)[:2].tolist() + np.minimum(*in_photo)[2:].tolist()
-    boxes = [clip(apply_boxes(t, [window]), size) for t, size in views]
-    overlap = window[0] < window[2] and window[1] < window[3]
-    if not (overlap and all(_sides(box).min() >= min_size for box in boxes)):
+    corners = np.sort([window_of(*view).reshape(2, 2) for view in views], axis=1)
+    low, high = corners[:, 0].max(0), corners[:, 1].min(0)
+    boxes = [clip(apply_boxes(t, [*low, *high]), size) for t, size in views]
+    if not ((low < high).all() and all(_sides(box).min() >= min_size for box in boxes)):
         boxes, free_id = [np.array([[0, 0, size, size]]) for _, size in views], -1
     boxes = [np.repeat(box, k, axis=0).astype(np.float32) for box in boxes]
     return (*boxes, np.full(k, free_id, dtype=np.int64))
@@ -250,3 +299,28 @@ def cut_out(
             left, top = max(0, round(x - half)), max(0, round(y - half))
             image[top : max(0, round(y + half)), left : max(0, round(x + half))] = fill
     return image
+
+
+def draw_holes(size: int, share: float, largest: float) -> torch.Tensor:
+    """Squares at random places of a view, to be filled in (Pathak et al., "Context Encoders",
+    CVPR 2016, sec. 3.3: random blocks).
+
+    Args:
+        size: side of the view in px, a multiple of 32.
+        share: of the view's area that the squares cover together; they may overlap.
+        largest: side of the largest square as a share of the view's side; the others have at least
+            half of it, but for those that fill what is left of ``share``.
+
+    Returns:
+        1 x size x size bool, True inside a hole.
+    """
+    side = max(1, int(min(largest, math.sqrt(share)) * HOLE_GRID))  # one alone is not too much
+    holes = random_block_mask_image(
+        (HOLE_GRID, HOLE_GRID),
+        num_masks=round(share * HOLE_GRID**2),
+        min_num_masks_per_block=max(1, side // 2) ** 2,
+        max_num_masks_per_block=side**2,
+        min_block_aspect_ratio=1.0,
+    )
+    scale = size // HOLE_GRID
+    return holes.repeat_interleave(scale, 0).repeat_interleave(scale, 1)[None]

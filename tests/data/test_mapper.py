@@ -5,33 +5,36 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetMapper
+from torch.nn import functional as F
 
 from d2ssl.config import finetune_cfg, pretrain_cfg
 from d2ssl.data.build import build_pretrain_loader, load_dicts
 from d2ssl.data.loader import random_state
 from d2ssl.data.mapper import DetectionMapper, PretextMapper, to_tensor
 from d2ssl.data.photos import PhotoStore, read_photo
+from d2ssl.data.regions import grid_regions
 from d2ssl.data.views import View
 from d2ssl.errors import D2SSLError
 
 PLAIN = dict(crop_scale=None, flip=0, jitter_p=0, gray=0, blur_p=0, solarize_p=0)
-
-
-def mapper_of_plain_views(cfg, read=read_photo, **kwargs):
-    views = [View(size=64, **{**PLAIN, **kwargs})]
-    return PretextMapper(cfg, read, views, [])
+BOXES, NOTHING = frozenset({"boxes"}), frozenset()
+ALL = frozenset({"boxes", "regions", "holes"})
+# The whole photo, and two crops in which boxes are covered.
+VIEWS = [View(64, crop_scale=None), View(64, cutout_p=1.0), View(32, cutout_p=1.0)]
+PAIRS = [(0, 1), (0, 2)]
 
 
 @pytest.mark.parametrize("image_format", ["BGR", "RGB"])
 def test_pretraining_normalises_as_the_stock_detector(tiny_cfg, image_format):
-    """One photo through the mapper and method, and through Detectron2's own mapper and model."""
+    """One photo through the mapper and network, and through Detectron2's own mapper and model."""
     from detectron2.modeling import build_model
+
+    from d2ssl.modeling.pretext_model import PretextModel
 
     cfg = tiny_cfg("INPUT.FORMAT", image_format, "MODEL.PIXEL_STD", "(50., 60., 70.)")
     dicts = load_dicts(["balloon_demo_train"])[:2]
-    item = mapper_of_plain_views(cfg)(dicts[0])
-    method = build_model(pretrain_cfg(cfg))
-    ours = method.stack_view([item], 0)[0]
+    item = PretextMapper(cfg, read_photo, [View(64, **PLAIN)], [], NOTHING)(dicts[0])
+    ours = PretextModel(pretrain_cfg(cfg)).normalize(item["views"][0][None])[0]
 
     stock_cfg = finetune_cfg(tiny_cfg("SSL.ENABLED", "False", "INPUT.FORMAT", image_format,
                                       "MODEL.PIXEL_STD", "(50., 60., 70.)"))  # fmt: skip
@@ -60,7 +63,7 @@ def test_proposals_follow_a_photo_that_was_scaled_down(tiny_cfg, tmp_path):
     cv2.imwrite(path, photo)
     cfg = tiny_cfg("SSL.SOCO.NUM_BOXES", "1", "SSL.SOCO.BOX_JITTER", "0.")
     views = [View(size=96, **PLAIN), View(size=64, **{**PLAIN, "flip": 1.0})]
-    mapper = PretextMapper(cfg, PhotoStore(100).get, views, [(0, 1)])
+    mapper = PretextMapper(cfg, PhotoStore(100).get, views, [(0, 1)], BOXES)
     boxes = np.array([[200.0, 100, 260, 160]], np.float32)
     item = mapper({"file_name": path, "image_id": 0, "height": 200, "width": 300,
                    "proposal_boxes": boxes})  # fmt: skip
@@ -73,12 +76,8 @@ def test_proposals_follow_a_photo_that_was_scaled_down(tiny_cfg, tmp_path):
 
 
 def test_cut_outs_become_zero_after_normalisation(tiny_cfg):
-    cfg = pretrain_cfg(tiny_cfg("SSL.INPUT.CUTOUT_PROB", "1.0"))
-    from d2ssl.modeling.methods import find_method
-
-    method = find_method("SoCo")
-    loader = build_pretrain_loader(cfg, method.views(cfg), method.view_pairs)
-    item = loader.stream[0]
+    cfg = pretrain_cfg(tiny_cfg())
+    item = build_pretrain_loader(cfg, VIEWS, PAIRS, BOXES).stream[0]
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).round().view(3, 1, 1)
     assert (item["views"][1].float() - mean).abs().le(1).all(0).float().mean() > 0.02
     assert (item["views"][0].float() - mean).abs().le(1).all(0).float().mean() < 0.02
@@ -86,12 +85,105 @@ def test_cut_outs_become_zero_after_normalisation(tiny_cfg):
 
 def test_no_annotation_reaches_pretraining(tiny_cfg):
     cfg = pretrain_cfg(tiny_cfg("SSL.DATASETS", "('balloon_demo_train',)"))
-    from d2ssl.modeling.methods import find_method
-
-    method = find_method("SoCo")
-    stream = build_pretrain_loader(cfg, method.views(cfg), method.view_pairs).stream
+    stream = build_pretrain_loader(cfg, VIEWS, PAIRS, ALL).stream
     assert not any("annotations" in d for d in stream.dicts)
-    assert set(stream[0]) == {"image_id", "pairs", "views", "index", "position"}
+    assert set(stream[0]) == {
+        "image_id", "windows", "pairs", "views", "regions", "holes", "index", "position",
+    }  # fmt: skip
+
+
+def test_only_what_a_method_needs_is_looked_for_and_drawn(tiny_cfg):
+    cfg = pretrain_cfg(tiny_cfg("SSL.REGIONS.SOURCE", "grid", "SSL.REGIONS.NUM", "6"))
+    found = {}
+    for name in ALL:
+        stream = build_pretrain_loader(cfg, VIEWS, PAIRS, frozenset({name})).stream
+        found[name] = stream[0]
+        assert [f in stream.dicts[0] for f in ("proposal_boxes", "regions")] == [
+            name == "boxes", name == "regions"
+        ]  # fmt: skip
+        if name == "regions":
+            assert stream.dicts[0]["regions"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    always = {"image_id", "windows", "pairs", "views", "index", "position"}
+    assert set(found["boxes"]) == always and len(found["boxes"]["pairs"]) == 2
+    assert set(found["regions"]) == {*always, "regions"} and found["regions"]["pairs"] == []
+    assert set(found["holes"]) == {*always, "holes"}
+
+
+def test_what_is_added_leaves_the_views_and_boxes_as_they_are(tiny_cfg):
+    cfg = pretrain_cfg(tiny_cfg("SSL.REGIONS.SOURCE", "grid"))
+    plain, full = (build_pretrain_loader(cfg, VIEWS, PAIRS, n).stream for n in (BOXES, ALL))
+    for position in range(4):
+        a, b = plain[position], full[position]
+        assert all(torch.equal(*pair) for pair in zip(a["views"], b["views"]))
+        for x, y in zip(a["pairs"], b["pairs"]):
+            assert torch.equal(x["ids"], y["ids"])
+            assert all(torch.equal(*pair) for pair in zip(x["boxes"], y["boxes"]))
+
+
+def test_photos_are_kept_as_large_as_the_views_need(tiny_cfg):
+    cfg = pretrain_cfg(tiny_cfg("SSL.INPUT.CROP_SCALE", "(0.01,1.0)"))
+    small = build_pretrain_loader(cfg, [View(32, crop_scale=(0.25, 1.0))], [], NOTHING)
+    windows = [small.stream[i]["windows"][0] for i in range(12)]
+    assert all(w.max() <= 64 * 128 / 96 + 1e-3 for w in windows)  # of 96 x 128 px, at 64 px
+    large = build_pretrain_loader(cfg, [View(64, crop_scale=None)], [], NOTHING)
+    assert sorted(large.stream[0]["windows"][0].abs().tolist())[2:] == [64, 85]
+
+
+def test_windows_are_in_pixels_of_the_photo_in_memory(tiny_cfg, tmp_path):
+    """A photo kept at half its size, whose red is x and whose green is y."""
+    y, x = np.indices((200, 300)) // 2
+    path = str(tmp_path / "ramp.png")
+    cv2.imwrite(path, np.stack([0 * x, y, x], -1).astype(np.uint8))
+    cfg = tiny_cfg("INPUT.FORMAT", "RGB")
+    views = [View(96, **PLAIN), View(64, **{**PLAIN, "crop_scale": (0.2, 0.5), "flip": 1.0}),
+             View(32, **PLAIN, of=1)]  # fmt: skip
+    mapper = PretextMapper(cfg, PhotoStore(100).get, views, [(0, 1)], NOTHING)
+    for seed in range(4):
+        with random_state(seed):
+            item = mapper({"file_name": path, "image_id": 0, "height": 200, "width": 300})
+        assert item["windows"].shape == (3, 4) and item["windows"].dtype == torch.float32
+        assert item["windows"][0].tolist() == [0, 0, 150, 100]
+        assert torch.equal(item["windows"][2], item["windows"][1][[2, 1, 0, 3]])
+        for image, (left, top, right, bottom) in zip(item["views"], item["windows"].tolist()):
+            cells = image[:2].float().unflatten(1, (-1, 8)).unflatten(3, (-1, 8)).mean((2, 4)) + 0.5
+            steps = (torch.arange(cells.shape[1]) + 0.5) / cells.shape[1]
+            assert (cells[0] - (left + (right - left) * steps)).abs().max() < 1
+            assert (cells[1] - (top + (bottom - top) * steps)[:, None]).abs().max() < 1
+
+
+def test_regions_are_those_of_the_pixels(tiny_cfg, tmp_path):
+    """A photo in the colours of its regions, kept at half its size."""
+    regions = grid_regions(200, 300, 16)
+    path = str(tmp_path / "regions.png")
+    cv2.imwrite(path, cv2.resize(regions, (300, 200), interpolation=cv2.INTER_NEAREST) * 10)
+    views = [View(96, **PLAIN), View(64, **{**PLAIN, "crop_scale": (0.2, 0.5), "flip": 0.5})]
+    mapper = PretextMapper(tiny_cfg(), PhotoStore(100).get, views, [], frozenset({"regions"}))
+    record = {"file_name": path, "image_id": 0, "height": 200, "width": 300, "regions": regions}
+    for seed in range(6):
+        with random_state(seed):
+            item = mapper(record)
+        for image, labels in zip(item["views"], item["regions"]):
+            assert labels.shape == (len(image[0]) // 4,) * 2 and labels.dtype == torch.int64
+            cells = image[0].unfold(0, 4, 4).unfold(1, 4, 4).flatten(2).long()
+            plain = cells.amin(2) == cells.amax(2)
+            assert plain.float().mean() > 0.6 and (cells[..., 0] == labels * 10)[plain].all()
+
+
+def test_holes_follow_the_config_and_the_seed(tiny_cfg):
+    cfg = tiny_cfg("SSL.HOLES.SHARE", "0.5", "SSL.HOLES.SIZE", "0.04")  # 1/32
+    d = load_dicts(["balloon_demo_train"])[0]
+    mapper = PretextMapper(cfg, read_photo, VIEWS, PAIRS, frozenset({"holes"}))
+    drawn = []
+    for seed in (1, 1, 2):
+        with random_state(seed):
+            drawn.append(mapper(d)["holes"])
+    for view, *holes in zip(VIEWS, *drawn):
+        assert holes[0].shape == (1, view.size, view.size) and holes[0].dtype == torch.bool
+        assert torch.equal(holes[0], holes[1]) and not torch.equal(holes[0], holes[2])
+        assert 0.45 < holes[0].float().mean() <= 0.5
+        # Half of all small squares, at random: they make no large one.
+        assert F.avg_pool2d(holes[0].float(), view.size * 6 // 32, stride=1).max() < 1
+    assert not torch.equal(drawn[0][0][0, ::2, ::2], drawn[0][2][0])  # each view has its own
 
 
 def test_detection_mapper_is_the_stock_mapper(tiny_cfg):

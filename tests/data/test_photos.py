@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2ssl.data.photos import PhotoStore, photo_size, read_photo
+from d2ssl.data.photos import PhotoStore, map_photos, photo_size, read_photo, shrink
 from d2ssl.errors import D2SSLError
 
 
@@ -171,3 +171,24 @@ def test_preload_names_the_bad_photo(files, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no photo")
     with pytest.raises(D2SSLError, match="bad.jpg"):
         PhotoStore(short_side=20).preload([*files, str(tmp_path / "bad.jpg")])
+
+
+def test_shrink_averages_areas_and_never_enlarges():
+    small = shrink(gradient(40, 60), 30)
+    blocks = gradient(40, 60).reshape(20, 2, 30, 2, 3).mean(axis=(1, 3))
+    assert small.shape == (20, 30, 3) and np.abs(small - blocks).max() <= 0.5
+    assert (shrink(gradient(40, 60), 100) == gradient(40, 60)).all()
+    assert shrink(gradient(1, 200), 20).shape == (1, 20, 3)
+
+
+def name_and_process(file):
+    return file, os.getpid()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_each_photo_is_mapped_in_order_in_the_stated_processes(num_workers):
+    files = [f"{i}.jpg" for i in range(20)]
+    names, processes = zip(*map_photos(name_and_process, files, "names", num_workers))
+    assert list(names) == files
+    assert (os.getpid() in processes) == (num_workers == 0)
+    assert map_photos(name_and_process, [], "names", num_workers) == []

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from d2ssl.data.selective_search import _merge, _neighbours, _Regions, selective_search
+from d2ssl.data.selective_search import Regions, _merge, _neighbours, selective_search
 
 
 def best_iou(box, boxes):
@@ -85,7 +85,7 @@ def test_neighbours_share_a_border():
 
 def test_segments_and_unions_have_exact_boxes_and_features():
     image, labels = grid_of_segments()
-    regions = _Regions(image, labels)
+    regions = Regions(image, labels)
     expected = [[0, 0, 3, 3], [3, 0, 6, 6], [6, 0, 9, 6], [0, 3, 3, 6]]
     assert regions.box[:4].tolist() == expected and regions.size[:4].tolist() == [9, 18, 18, 9]
     assert np.allclose(regions.features[:4].sum(1), 2)  # colour and texture, 1 each
@@ -101,7 +101,7 @@ def test_merging_ends_with_the_whole_photo_and_most_alike_go_first():
     image, labels = grid_of_segments()
     boxes = _merge(image, labels)
     assert len(boxes) == 7 and boxes[-1].tolist() == [0, 0, 9, 6]
-    regions = _Regions(image, labels)
+    regions = Regions(image, labels)
     pairs = [(a, b) for a, others in enumerate(_neighbours(labels, 7)[:4]) for b in others]
     scores = [regions.similarity(a, [b])[0] for a, b in pairs]
     a, b = pairs[int(np.argmax(scores))]

@@ -1,3 +1,6 @@
+import random
+
+import cv2
 import numpy as np
 import pytest
 from detectron2.data import transforms as T
@@ -10,9 +13,13 @@ from d2ssl.data.views import (
     apply_points,
     clip,
     cut_out,
+    draw_holes,
     draw_view,
+    draw_views,
     paired_boxes,
+    photo_side,
     visible_fraction,
+    window_of,
 )
 
 PLAIN = {"jitter_p": 0.0, "gray": 0.0, "blur_p": 0.0, "solarize_p": 0.0}
@@ -70,6 +77,71 @@ def test_view_points_map_back_to_the_photo(view):
     seen = place_of(image[points[:, 1].astype(int), points[:, 0].astype(int)])
     pixel = max(WIDTH, HEIGHT) / view.size  # a view pixel in photo pixels
     assert np.abs(seen - back).max() < 1 + pixel
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        View(64, crop_scale=None, flip=1.0, **PLAIN),
+        View(256, crop_scale=(0.1, 0.3), flip=0.0, **PLAIN),  # enlarged
+        View(96, crop_scale=(0.2, 1.0), ratio=(0.4, 2.5), flip=0.5, **PLAIN),
+    ],
+)
+@pytest.mark.parametrize("level", [4, 32])
+def test_window_tells_what_each_cell_of_a_view_shows(view, level):
+    """A photo whose red is x and whose green is y; the four pixels around a cell's centre."""
+    y, x = np.indices((200, 250))
+    photo = np.stack([x, y, 0 * x], -1).astype(np.uint8)
+    flips = 0
+    for seed in range(12):
+        np.random.seed(seed)
+        image, transforms = draw_view(view, photo)
+        left, top, right, bottom = window = window_of(transforms, view.size)
+        assert window.dtype == np.float64 and top < bottom
+        flips += left > right
+        cells = view.size // level
+        steps = (np.arange(cells) + 0.5) / cells
+        pixels = image[..., :2].reshape(cells, level, cells, level, 2).astype(float)
+        middle = pixels[:, level // 2 - 1 : level // 2 + 1, :, level // 2 - 1 : level // 2 + 1]
+        seen = middle.mean((1, 3)) + 0.5  # a pixel's centre
+        assert np.abs(seen[..., 0] - (left + (right - left) * steps)).max() < 0.75
+        assert np.abs(seen[..., 1] - (top + (bottom - top) * steps)[:, None]).max() < 0.75
+    assert flips == 12 * view.flip if view.flip in (0, 1) else 0 < flips < 12
+
+
+@pytest.mark.parametrize("large", [View(192, flip=0.5, **PLAIN), View(192, None, **PLAIN)])
+def test_a_view_of_a_view_shows_the_same_window_at_its_own_size(large):
+    small = View(64, crop_scale=(0.1, 0.2), of=1, **PLAIN)
+    views = [View(128, **PLAIN), large, small, View(32, of=2, **{**PLAIN, "gray": 1.0})]
+    photo = np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8)
+    photo = cv2.resize(photo, (360, 240), interpolation=cv2.INTER_CUBIC)
+    turned = []
+    for seed in range(16):
+        np.random.seed(seed)
+        drawn = draw_views(views, photo)
+        windows = [window_of(t, v.size) for (_, t), v in zip(drawn, views)]
+        images = [image for image, _ in drawn]
+        assert [len(image) for image in images] == [128, 192, 64, 32]
+        for i in (2, 3):
+            apart = windows[i][0] > windows[i][2], windows[1][0] > windows[1][2]
+            turned.append(apart)
+            order = [2, 1, 0, 3] if apart[0] != apart[1] else [0, 1, 2, 3]
+            assert np.allclose(windows[i][order], windows[1])
+        whole = images[1][:, ::-1] if turned[-2][0] != turned[-2][1] else images[1]
+        copy = cv2.resize(whole, (64, 64), interpolation=cv2.INTER_AREA)
+        assert np.abs(copy.astype(int) - images[2]).mean() < 4
+        assert np.ptp(images[3].astype(int), axis=2).max() <= 1 < np.ptp(images[2], axis=2).max()
+        assert not np.allclose(windows[0], windows[1], atol=1)
+    assert len(set(turned)) == 4  # flips are drawn for each view
+
+
+def test_least_side_of_the_photo():
+    assert photo_side([View(224, crop_scale=None)]) == 224
+    soco = [View(224, crop_scale=None), View(224), View(96)]
+    assert photo_side(soco) == 317  # 317 * sqrt(1/2) = 224.2
+    assert photo_side([*soco, View(96, crop_scale=(0.04, 1.0))]) == 480
+    assert photo_side([*soco, View(192, crop_scale=(0.01, 1.0), of=0)]) == 317
+    assert photo_side([View(64), View(128, None, of=0), View(256, None, of=1)]) == 363
 
 
 def test_helpers_agree_with_detectron2_and_leave_their_input():
@@ -288,6 +360,7 @@ def test_crops_that_do_not_meet_are_no_match():
     boxes_a, boxes_b, ids = paired_boxes(np.array([[0, 0, 30, 30]]), left, right, 64, 64, k=2)
     assert ids.tolist() == [-1, -1] and boxes_a.tolist() == [[0, 0, 64, 64]] * 2
     assert boxes_b.tolist() == [[0, 0, 64, 64]] * 2
+    assert (paired_boxes(np.zeros((0, 4)), left, right, 64, 64, k=2, min_size=0)[2] == -1).all()
     touching = T.TransformList([T.CropTransform(36, 0, 64, 100, 100, 100),
                                 T.ResizeTransform(100, 64, 64, 64)])  # fmt: skip
     assert (paired_boxes(np.zeros((0, 4)), left, touching, 64, 64, k=2)[2] == -1).all()  # 4 px
@@ -321,3 +394,39 @@ def test_cut_out_happens_per_box_with_probability_p():
     assert not cut_out(image, boxes, 1, 0.0).any()
     corner = cut_out(image, np.array([[80.0, 80, 100, 100]]), (1, 1, 1), 1.0)  # at the border
     assert corner.shape == image.shape and corner.any()
+
+
+def full_squares(holes, side):
+    """Number of pixels in those squares of side x side px that fit into the holes."""
+    framed = np.pad(holes.astype(np.uint8), side)  # OpenCV takes what lies outside for a hole
+    return cv2.morphologyEx(framed, cv2.MORPH_OPEN, np.ones((side, side), np.uint8)).sum()
+
+
+@pytest.mark.parametrize("size, share, largest", [(224, 0.25, 0.25), (64, 0.5, 0.125)])
+def test_holes_are_squares_that_cover_the_share(size, share, largest):
+    random.seed(0)
+    drawn = [draw_holes(size, share, largest)[0].numpy() for _ in range(200)]
+    assert drawn[0].dtype == bool and drawn[0].shape == (size, size)
+    assert max(d.mean() for d in drawn) <= share
+    assert np.mean([d.mean() for d in drawn]) > 0.98 * share
+    least = int(largest * size / 2)
+    assert np.mean([full_squares(d, least) for d in drawn]) > 0.97 * share * size**2
+    inside = slice(size // 8, -size // 8)
+    assert np.mean(drawn, axis=0)[inside, inside].min() > 0 and np.any(drawn, axis=0)[0].any()
+
+
+def test_no_hole_is_larger_than_asked():
+    random.seed(0)
+    # So few of 8 px a side that they hardly ever make a larger one together.
+    drawn = [draw_holes(64, 0.07, 0.125)[0].numpy() for _ in range(100)]
+    assert all(full_squares(d, 6) for d in drawn) and any(full_squares(d, 8) for d in drawn)
+    assert sum(full_squares(d, 12) > 0 for d in drawn) <= 1
+    assert all(draw_holes(64, 0.02, 0.5).float().mean() > 0.01 for _ in range(20))  # share is less
+
+
+def test_holes_scale_with_the_view_and_are_drawn_from_random():
+    draws = []
+    for seed, size in ((3, 64), (3, 224), (4, 64)):
+        random.seed(seed)
+        draws.append(draw_holes(size, 0.25, 0.25)[0])
+    assert (draws[0][::2, ::2] == draws[1][::7, ::7]).all() and (draws[0] != draws[2]).any()
