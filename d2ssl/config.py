@@ -5,6 +5,7 @@ The user writes one yaml: a standard Mask R-CNN config plus an ``SSL`` node.
 stage runs with, so that the network, colour order, mean, std and stride are the same in both.
 """
 
+import contextlib
 import difflib
 import os
 import re
@@ -17,6 +18,11 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 from d2ssl.errors import D2SSLError
 
 PRETRAIN_PARTS = ("bottom_up", "fpn", "box_head")
+AUTO = "auto"  # a value that d2ssl.engine.auto takes from the size of the data set
+AUTO_KEYS = (
+    "SSL.SOLVER.IMS_PER_BATCH", "SSL.SOLVER.BASE_LR", "SSL.MOMENTUM", "SSL.QUEUE.SIZE",
+)  # fmt: skip
+PAIR = ([str, float], [str, int])  # an entry of SSL.METHODS
 BATCH_NORMS = ("FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN")
 
 
@@ -25,7 +31,8 @@ def add_ssl_config(cfg: CN) -> None:
     cfg.SSL = CN()
     ssl = cfg.SSL
     ssl.ENABLED = True  # False: plain fine-tuning from MODEL.WEIGHTS
-    ssl.METHOD = "SoCo"  # a registered meta-architecture, see configs/
+    ssl.METHOD = "SoCo"  # a registered pretext method, see configs/methods/
+    ssl.METHODS = []  # several at once instead: [["SoCo", 1.0], ["Colorization", 0.1]], with weights
     ssl.DATASETS = ()  # photos to pretrain on; their annotations are never read
     ssl.REGISTER = ()  # "my_module:my_function", called before any data set is looked up
     ssl.TRAIN = ["bottom_up", "fpn", "box_head"]  # what learns; the rest keeps its weights
@@ -39,8 +46,8 @@ def add_ssl_config(cfg: CN) -> None:
     ssl.SOLVER.OPTIMIZER = "SGD"  # "SGD", "LARS" or "AdamW"
     ssl.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"
     ssl.SOLVER.LR_FLOOR = 0.0  # the cosine ends at this fraction of BASE_LR
-    ssl.SOLVER.IMS_PER_BATCH = 16
-    ssl.SOLVER.BASE_LR = 0.02
+    ssl.SOLVER.IMS_PER_BATCH = AUTO
+    ssl.SOLVER.BASE_LR = AUTO
     ssl.SOLVER.MAX_ITER = 5000
     ssl.SOLVER.WARMUP_ITERS = 100
     ssl.SOLVER.WEIGHT_DECAY = 1e-5
@@ -69,8 +76,26 @@ def add_ssl_config(cfg: CN) -> None:
     ssl.PROPOSALS.MAX_SCALE = 0.8  # and at most
     ssl.PROPOSALS.MAX_ASPECT = 3.0  # longer side / shorter side, at most
 
-    ssl.MOMENTUM = 0.99  # of the momentum encoder; rises to 1 by cosine
+    ssl.MOMENTUM = AUTO  # of the momentum encoder, e.g. 0.99; rises to 1 by cosine
     ssl.HEAD = CN({"HIDDEN_DIM": 4096, "OUT_DIM": 256})  # projector and predictor
+    ssl.TEMPERATURE = 0.2  # of contrastive losses
+    # Feature maps that methods without boxes compare, of res2..res5, p2..p5. With res5 alone only
+    # the bottom-up learns.
+    ssl.LEVELS = ["p2", "p3", "p4", "p5"]
+    ssl.QUEUE = CN()
+    ssl.QUEUE.SIZE = AUTO  # photos whose keys are kept as negatives
+    ssl.QUEUE.KEYS_PER_PHOTO = 8  # of each photo's cells or regions; a whole photo has one
+    ssl.CELLS = CN()
+    ssl.CELLS.GRID = 14  # a level with more cells a side is averaged down to it
+    ssl.CELLS.RADIUS = 0.7  # cells this close in the photo, in diagonals of a cell, are the same
+    ssl.REGIONS = CN()
+    ssl.REGIONS.SOURCE = "superpixels"  # or kmeans, grid
+    ssl.REGIONS.NUM = 16  # regions of a photo, at most
+    ssl.HOLES = CN()
+    ssl.HOLES.SHARE = 0.25  # of the view's area that is to be filled in
+    ssl.HOLES.SIZE = 0.25  # side of the largest hole, as a share of the view's
+    ssl.DECODER = CN({"CONV_DIM": 128})  # of Colorization and Inpainting
+    ssl.COLORIZATION = CN({"TARGET": "ab"})  # "ab" of Lab, or "rgb"
 
     ssl.SOCO = CN()
     ssl.SOCO.NUM_BOXES = 4  # matched boxes per pair of views
@@ -114,8 +139,10 @@ def load_cfg(config_file: str = "", opts=()) -> CN:
         raise D2SSLError(f"--config-file {config_file}: no such file")
     try:
         if config_file:
-            cfg.merge_from_file(config_file)
-        cfg.merge_from_list(list(opts))
+            with _any_type(cfg):
+                cfg.merge_from_file(config_file)
+        with _any_type(cfg):
+            cfg.merge_from_list(list(opts))
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         raise D2SSLError(_explain(cfg, error)) from None
     if cfg.SEED < 0:
@@ -125,6 +152,32 @@ def load_cfg(config_file: str = "", opts=()) -> CN:
     _check(cfg)
     cfg.freeze()
     return cfg
+
+
+@contextlib.contextmanager
+def _any_type(cfg: CN):
+    """Inside, "auto" may be replaced by a number and a number by "auto": yacs refuses another type
+    than the default's, unless that is None."""
+    before = {key: get_key(cfg, key) for key in AUTO_KEYS}
+    for key in AUTO_KEYS:
+        set_key(cfg, key, None)
+    yield
+    for key, value in before.items():
+        if get_key(cfg, key) is None:
+            set_key(cfg, key, value)
+
+
+def get_key(cfg: CN, key: str):
+    """The value of a dotted key."""
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+def set_key(cfg: CN, key: str, value) -> None:
+    """Set a dotted key of a config that is not frozen."""
+    node, _, name = key.rpartition(".")
+    get_key(cfg, node)[name] = value
 
 
 def _explain(cfg: CN, error: Exception) -> str:
@@ -156,6 +209,18 @@ def _check(cfg: CN) -> None:
     def one_of(key: str, value, choices) -> None:
         require(value in choices, f"{key} {value}: choose from {', '.join(map(str, choices))}")
 
+    for key in AUTO_KEYS:
+        value = get_key(cfg, key)
+        require(
+            value == AUTO or isinstance(value, (int, float)) and value > 0,
+            f'{key} {value}: give a number above 0, or "auto"',
+        )
+    require(
+        all(isinstance(m, (list, tuple)) and list(map(type, m)) in PAIR for m in ssl.METHODS),
+        f'SSL.METHODS {ssl.METHODS}: write pairs, [["SoCo", 1.0], ["Colorization", 0.1]]',
+    )
+    one_of("SSL.REGIONS.SOURCE", ssl.REGIONS.SOURCE, ("superpixels", "kmeans", "grid"))
+    one_of("SSL.COLORIZATION.TARGET", ssl.COLORIZATION.TARGET, ("ab", "rgb"))
     one_of("SSL.PRECISION", ssl.PRECISION, ("bf16", "fp32"))
     for key in ("SOLVER", "FINETUNE"):
         one_of(f"SSL.{key}.OPTIMIZER", ssl[key].OPTIMIZER, ("SGD", "LARS", "AdamW"))
@@ -214,7 +279,7 @@ def pretrain_cfg(cfg: CN) -> CN:
     """
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.META_ARCHITECTURE = cfg.SSL.METHOD
+    cfg.MODEL.META_ARCHITECTURE = "PretextModel"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     if cfg.MODEL.RESNETS.NORM in BATCH_NORMS:
         cfg.MODEL.RESNETS.NORM = "BN"
@@ -253,6 +318,11 @@ def stock_cfg(cfg: CN) -> CN:
     cfg.OUTPUT_DIR = os.path.join(os.path.dirname(cfg.OUTPUT_DIR), "stock")
     cfg.freeze()
     return cfg
+
+
+def method_title(cfg: CN) -> str:
+    """The pretext method in words: ``SoCo``, or ``1.0 SoCo + 0.1 Colorization``."""
+    return " + ".join(f"{weight} {name}" for name, weight in cfg.SSL.METHODS) or cfg.SSL.METHOD
 
 
 def pretrained_path(cfg: CN) -> str:

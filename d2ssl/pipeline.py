@@ -14,6 +14,7 @@ from detectron2.utils.logger import setup_logger
 from d2ssl.atomic import atomic_open
 from d2ssl.config import finetune_cfg, pretrain_cfg, pretrained_path
 from d2ssl.data.build import register_datasets
+from d2ssl.engine.auto import resolve_auto
 from d2ssl.engine.checkpoint import load_weights
 from d2ssl.engine.handoff import hand_off
 from d2ssl.engine.precision import apply_precision
@@ -27,19 +28,25 @@ logger = logging.getLogger("d2ssl")
 STAGES = ("pretrain", "finetune", "all")
 
 
-def set_up(cfg, keep_config: bool = True) -> None:
-    """Loggers, the output folder with the config in it, and the data sets of a run."""
+def set_up(cfg, keep_config: bool = True):
+    """Loggers, the output folder with the config in it, and the data sets of a run.
+
+    Returns:
+        the config, with numbers in place of "auto".
+    """
     rank = comm.get_rank()
     register_datasets(cfg)
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     for name in ("fvcore", "detectron2", "d2ssl"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+    cfg = resolve_auto(cfg)
     if comm.is_main_process() and keep_config:
         for name, text in (("config.yaml", cfg.dump()), ("environment.txt", collect_env_info())):
             with atomic_open(os.path.join(cfg.OUTPUT_DIR, name), "w") as file:
                 file.write(text)
     logger.info("Output goes to %s; %d process(es) on %s", cfg.OUTPUT_DIR, comm.get_world_size(),
                 cfg.MODEL.DEVICE)  # fmt: skip
+    return cfg
 
 
 def run(cfg, stage: str = "all", resume: bool = False) -> Dict:
@@ -52,7 +59,7 @@ def run(cfg, stage: str = "all", resume: bool = False) -> Dict:
     Returns:
         the COCO results, {"bbox": {"AP": ...}, "segm": {...}}; empty without fine-tuning.
     """
-    set_up(cfg)
+    cfg = set_up(cfg)
     results = {}
     if cfg.SSL.ENABLED and stage in ("pretrain", "all"):
         pretrain(cfg, resume)
@@ -70,7 +77,13 @@ def pretrain(cfg, resume: bool = False) -> None:
         _start(stage, resume)
         _forget(finetune_cfg(cfg).OUTPUT_DIR, ["last_checkpoint"])  # it fine-tuned other weights
         trainer = PretrainTrainer(stage, resume)
-        trainer.register_hooks([PutPictures.of_views(cfg, trainer)])
+        trainer.register_hooks(
+            [
+                PutPictures.of_views(cfg, trainer),
+                PutPictures.of_matches(trainer),
+                PutPictures.of_reconstructions(trainer),
+            ]
+        )
         trainer.train()
         if comm.is_main_process():
             hand_off(cfg)
@@ -99,7 +112,7 @@ def evaluate_only(cfg) -> Dict:
     """Evaluate ``cfg.MODEL.WEIGHTS`` on ``cfg.DATASETS.TEST``."""
     if not cfg.MODEL.WEIGHTS:
         raise D2SSLError("--eval-only needs MODEL.WEIGHTS path/to/model_result.pth")
-    set_up(cfg, keep_config=False)
+    cfg = set_up(cfg, keep_config=False)
     model = build_model(cfg)
     report = load_weights(model, cfg.MODEL.WEIGHTS)
     if report.missing or report.mismatched:
@@ -117,7 +130,9 @@ def _start(stage, resume: bool) -> None:
         os.makedirs(stage.OUTPUT_DIR, exist_ok=True)
     if not resume:
         weights = ["model_pretrained.pth", "model_result.pth", "model_best.pth"]
-        _forget(stage.OUTPUT_DIR, ["metrics.json", "last_checkpoint", "results.json", *weights])
+        pictures = ["matches.png", "reconstructions.png"]  # not every method has them
+        results = ["metrics.json", "last_checkpoint", "results.json", *pictures]
+        _forget(stage.OUTPUT_DIR, [*results, *weights])
     comm.synchronize()
 
 

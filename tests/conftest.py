@@ -36,15 +36,14 @@ def tiny_cfg(demo_root, tmp_path, monkeypatch):
     """Callable: overrides -> the demo's config at the smallest useful size on ``demo_root``."""
     from d2ssl.config import load_cfg
     from d2ssl.data.datasets import register_balloon
+    from d2ssl.engine.auto import resolve_auto
 
     register_balloon(str(demo_root), "balloon_demo")
     monkeypatch.setenv("D2SSL_CACHE", str(demo_root / "cache"))
 
     def make(*opts, output_dir=None):
-        return load_cfg(
-            str(CONFIGS / "demo.yaml"),
-            [*TINY, "OUTPUT_DIR", str(output_dir or tmp_path / "out"), *opts],
-        )
+        opts = [*TINY, "OUTPUT_DIR", str(output_dir or tmp_path / "out"), *opts]
+        return resolve_auto(load_cfg(str(CONFIGS / "demo.yaml"), opts))
 
     return make
 

@@ -2,20 +2,28 @@
 
 import logging
 import os
-from typing import Dict
+from typing import Dict, List
 
 import detectron2
 import torch
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
 
 from d2ssl import __version__
 from d2ssl.atomic import atomic_open
-from d2ssl.config import finetune_cfg, pretrain_cfg, pretrained_path, stock_cfg
+from d2ssl.config import (
+    finetune_cfg,
+    get_key,
+    method_title,
+    pretrain_cfg,
+    pretrained_path,
+    stock_cfg,
+)
 from d2ssl.data.build import calibration_batches, load_dicts
 from d2ssl.engine.checkpoint import Checkpointer, load_weights
 from d2ssl.modeling import norm
 from d2ssl.modeling.fingerprint import fingerprint, probe_image, relative_difference
-from d2ssl.modeling.methods import find_method
+from d2ssl.modeling.pretext_model import PretextModel
 from d2ssl.modeling.trunk import part_of
 
 logger = logging.getLogger("d2ssl")
@@ -27,8 +35,7 @@ def provenance(cfg) -> Dict:
     """How the weights came about, and the conventions they only work under; plain values."""
     pretrain, model = pretrain_cfg(cfg), cfg.MODEL
     return {
-        "method": cfg.SSL.METHOD,
-        "trained": list(cfg.SSL.TRAIN),
+        "method": method_title(cfg),
         "initial_weights": os.path.basename(model.WEIGHTS) or "random",
         "datasets": list(cfg.SSL.DATASETS),
         "num_photos": len(load_dicts(cfg.SSL.DATASETS)),
@@ -40,7 +47,7 @@ def provenance(cfg) -> Dict:
             "detectron2": detectron2.__version__,
             "torch": str(torch.__version__),  # its own class would not load with weights_only
         },
-        "config": {key: _get(cfg, key) for key in CONVENTIONS},
+        "config": {key: _plain(get_key(cfg, key)) for key in CONVENTIONS},
     }
 
 
@@ -71,10 +78,7 @@ CONVENTIONS = (
 )
 
 
-def _get(cfg, key: str):
-    value = cfg
-    for name in key.split("."):
-        value = value[name]
+def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -92,11 +96,11 @@ def hand_off(cfg) -> str:
         ``d2ssl``: provenance, the probe image and the fingerprint of the network on it.
     """
     pretrain, finetune = pretrain_cfg(cfg), finetune_cfg(cfg)
-    method = find_method(pretrain.SSL.METHOD)(pretrain).to(cfg.MODEL.DEVICE)
+    pretext = PretextModel(pretrain).to(cfg.MODEL.DEVICE)
     checkpoint = os.path.join(pretrain.OUTPUT_DIR, "model_final.pth")
-    Checkpointer(method).load_report(checkpoint)
+    Checkpointer(pretext).load_report(checkpoint)
 
-    trunk = method.trunk
+    trunk = pretext.trunk
     batches = calibration_batches(cfg, cfg.SSL.DATASETS, cfg.SSL.CALIBRATION_PHOTOS)
     detector = build_model(finetune).eval()
     # The box head has no such pass: it keeps the statistics of pretraining.
@@ -109,7 +113,7 @@ def hand_off(cfg) -> str:
     if finetune.MODEL.FPN.NORM == "":
         norm.fold(trunk.backbone)
     received = load_weights(detector, cfg.MODEL.WEIGHTS).loaded
-    parts = [p for p in cfg.SSL.TRAIN if p in method.trains]
+    parts = [p for p in cfg.SSL.TRAIN if p in pretext.method.reaches]
     state = {k: v for k, v in trunk.state_dict().items() if not k.endswith("num_batches_tracked")}
     kept = [prefix for part in parts for prefix in STOCK_PART[part]]
     state = {k: v for k, v in state.items() if part_of(k).startswith(tuple(kept))}
@@ -121,7 +125,14 @@ def hand_off(cfg) -> str:
     names = [k for k in everything if k in state or k in received]
     content = {
         "model": {k: everything[k].detach().cpu().clone() for k in names},
-        "d2ssl": {**provenance(cfg), "probe": probe, "fingerprint": values},
+        "d2ssl": {
+            **provenance(cfg),
+            "trained": parts,
+            "loss_range": list(pretext.method.loss_range),
+            "after": _earlier_methods(cfg.MODEL.WEIGHTS),
+            "probe": probe,
+            "fingerprint": values,
+        },
     }
     path = pretrained_path(cfg)
     with atomic_open(path, "wb") as file:
@@ -130,6 +141,15 @@ def hand_off(cfg) -> str:
         file.write(stock_cfg(cfg).dump())
     logger.info("Handed off %d tensors of %s: %s", len(names), ", ".join(parts), path)
     return path
+
+
+def _earlier_methods(weights: str) -> List[str]:
+    """The methods that pretrained the initial weights, where these are a hand-off themselves."""
+    if not weights.endswith(".pth"):
+        return []
+    path = PathManager.get_local_path(weights)
+    record = torch.load(path, map_location="cpu", weights_only=False, mmap=True).get("d2ssl")
+    return [*record.get("after", []), record["method"]] if record else []
 
 
 def _check_same(trained: Dict, handed: Dict, parts) -> None:

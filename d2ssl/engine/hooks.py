@@ -19,6 +19,8 @@ from lightly.utils.scheduler import cosine_schedule
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from d2ssl.modeling.methods import PretextMethod
+
 logger = logging.getLogger("d2ssl")
 
 
@@ -68,24 +70,35 @@ class MoveTwins(HookBase):
 class CollapseMeter(HookBase):
     """Spread of the normalised embeddings, as a share of what a uniform sphere has.
 
-    Near 1: healthy; near 0: every photo gets the same embedding (SimSiam, sec. 4.1).
+    Near 1: healthy; near 0: every photo gets the same embedding (SimSiam, sec. 4.1). Of several
+    methods at once, the lowest.
     """
 
-    def __init__(self, method, period: int = 20, warn_below: float = 0.1):
-        self.method, self.period, self.warn_below = method, period, warn_below
+    def __init__(self, model, period: int = 20, warn_below: float = 0.1):
+        self.methods = [m for m in model.modules() if isinstance(m, PretextMethod)]
+        self.period, self.warn_below = period, warn_below
 
     def after_step(self):
-        z = self.method.embedding
-        last = self.trainer.iter + 1 == self.trainer.max_iter
-        if z is None or len(z) < 2 or ((self.trainer.iter + 1) % self.period and not last):
+        step = self.trainer.iter + 1
+        if step % self.period and step != self.trainer.max_iter:
             return
-        spread = float(std_of_l2_normalized(z.float())) * math.sqrt(z.shape[1])
-        self.trainer.storage.put_scalar("embedding_spread", spread, smoothing_hint=False)
-        if spread < self.warn_below:
+        spreads = {type(m).__name__: spread(m.embedding) for m in self.methods
+                   if m.embedding is not None and len(m.embedding) > 1}  # fmt: skip
+        if not spreads:
+            return
+        name, lowest = min(spreads.items(), key=lambda item: item[1])
+        self.trainer.storage.put_scalar("embedding_spread", lowest, smoothing_hint=False)
+        if lowest < self.warn_below:
             logger.warning(
-                "The embeddings are collapsing (spread %.3f, healthy is near 1): lower "
-                "SSL.SOLVER.BASE_LR or raise SSL.SOLVER.IMS_PER_BATCH.", spread
+                "The embeddings of %s are collapsing (spread %.3f, healthy is near 1): lower "
+                "SSL.SOLVER.BASE_LR or raise SSL.SOLVER.IMS_PER_BATCH.", name, lowest
             )  # fmt: skip
+
+
+def spread(rows: torch.Tensor) -> float:
+    """Standard deviation of N x D normalised rows times sqrt(D): 1 on a uniform sphere, 0 where
+    all are the same."""
+    return float(std_of_l2_normalized(rows.float())) * math.sqrt(rows.shape[1])
 
 
 class Unfreeze(HookBase):

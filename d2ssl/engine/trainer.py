@@ -29,8 +29,7 @@ from d2ssl.engine.precision import apply_precision
 from d2ssl.engine.solver import build_optimizer, loaded_rise, main_schedule, named_leaves
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling import norm
-from d2ssl.modeling.methods import find_method
-from d2ssl.modeling.methods.base import require_two_photos
+from d2ssl.modeling.pretext_model import PretextModel
 from d2ssl.modeling.trunk import part_of
 
 logger = logging.getLogger("d2ssl")
@@ -58,9 +57,9 @@ class Trainer(DefaultTrainer):
         self.loaded_parts: Set[str] = set()
         self.last_results: dict = {}
         self.schedule = main_schedule(cfg.SOLVER, self.lr_floor())
-        self.loader = self.build_train_loader(cfg)
         torch.manual_seed(cfg.SEED)  # random weights are the same in every run of a seed
         self.module = self.build_model(cfg)
+        self.loader = self.build_train_loader(cfg)
         resume = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
         if not resume:
             self.start_from(load_weights(self.weights_target(), cfg.MODEL.WEIGHTS))
@@ -174,34 +173,42 @@ class Trainer(DefaultTrainer):
 
 
 class PretrainTrainer(Trainer):
-    """Trains a pretext method; ``cfg`` is a :func:`d2ssl.config.pretrain_cfg`."""
+    """Trains a pretext method; ``cfg`` is a :func:`d2ssl.config.pretrain_cfg` without "auto"."""
 
-    @classmethod
-    def build_train_loader(cls, cfg):
-        method = find_method(cfg.SSL.METHOD)
+    find_unused_parameters = True  # a level that no box falls on, a level that is not compared
+
+    def build_train_loader(self, cfg):
         require_two_photos(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())
-        return build_pretrain_loader(cfg, method.views(cfg), method.view_pairs)
+        method = self.module.method
+        return build_pretrain_loader(cfg, method.views, method.view_pairs, method.needs)
 
     @classmethod
     def build_model(cls, cfg):
-        return norm.synchronize(build_model(cfg))
+        return norm.synchronize(PretextModel(cfg).to(cfg.MODEL.DEVICE))
 
     def weights_target(self):
         return self.module.trunk
 
     def start_from(self, report):
         super().start_from(report)
-        method = self.module
+        model = self.module
         parts = {"FPN": "FPN", "BOX_HEAD": "BOX_HEAD"}
         self.loaded_parts = {parts.get(part_of(name), "BOTTOM_UP") for name in report.loaded}
         self._refuse_random_below_learning()
         if report.loaded:
-            method.eval()
+            model.eval()
             names = norm.calibrate(
-                method.trunk, method, self._calibration_batches(), only=report.loaded
+                model.trunk, self._encode_all, self._calibration_batches(), only=report.loaded
             )
             logger.info("%d norms switched to batch statistics of these photos", len(names))
-        method.reset_twins()
+        model.reset_twins()
+
+    def _encode_all(self, batch) -> None:
+        """Every view through all of the trunk that learns; nothing of the method's own moves."""
+        for view in self.module.see(batch):
+            view.online.pyramid
+            if view.boxes is not None:
+                view.online.box_features(view.boxes)
 
     def _refuse_random_below_learning(self) -> None:
         """A part left random under one that learns is not handed off, so nothing would fit."""
@@ -250,6 +257,15 @@ class PretrainTrainer(Trainer):
             d2ssl_hooks.MoveTwins(self.module, self.cfg.SSL.MOMENTUM),
             d2ssl_hooks.CollapseMeter(self.module),
         ]
+
+
+def require_two_photos(batch_size: int) -> None:
+    """Heads with BatchNorm need two rows or more; raises :class:`D2SSLError`."""
+    if batch_size < 2:
+        raise D2SSLError(
+            f"SSL.SOLVER.IMS_PER_BATCH gives {batch_size} photo per process; batch statistics "
+            "need 2 or more"
+        )
 
 
 class FinetuneTrainer(Trainer):

@@ -101,8 +101,10 @@ class GlooSyncBatchNorm(_BatchNorm):
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (count / max(count - 1, 1)), self.momentum)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return (centered * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+        out = centered * torch.rsqrt(var + self.eps).view(shape)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(x.dtype)
 
 
 def synchronize(model: nn.Module) -> nn.Module:

@@ -82,8 +82,15 @@ class Trunk(nn.Module):
         }
 
     def forward(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """N x 3 x H x W, normalised, sides multiples of 32 -> {"p2": N x 256 x H/4 x W/4, ...}."""
-        return self.backbone(images)
+        """N x 3 x H x W, normalised, sides multiples of 32 -> the maps of the FPN and of the stages
+        under it, {"p2": N x 256 x H/4 x W/4, ..., "res5": N x 2048 x H/32 x W/32}."""
+        stages: Dict[str, torch.Tensor] = {}  # the FPN keeps them to itself
+        bottom_up = self.backbone.bottom_up
+        hook = bottom_up.register_forward_hook(lambda module, args, maps: stages.update(maps))
+        try:
+            return {**self.backbone(images), **stages}
+        finally:
+            hook.remove()
 
     def box_features(self, pyramid: Dict[str, torch.Tensor], boxes: List[torch.Tensor]):
         """Per image K_i x 4 boxes (x1, y1, x2, y2 in pixels) -> (sum K_i) x box_head's width."""

@@ -14,9 +14,8 @@ from PIL import Image
 
 from d2ssl import __version__
 from d2ssl.atomic import atomic_open
-from d2ssl.config import finetune_cfg, get_cfg, pretrain_cfg, pretrained_path
+from d2ssl.config import finetune_cfg, get_cfg, method_title, pretrain_cfg, pretrained_path
 from d2ssl.data.build import load_dicts
-from d2ssl.modeling.methods import find_method
 from d2ssl.report import plots
 from d2ssl.report.pictures import compare_predictions, predictions_file
 
@@ -97,7 +96,7 @@ def _headline(cfg) -> str:
         pretrain = pretrain_cfg(cfg).SOLVER
         facts += [
             ("Pretrained on", _sets(cfg.SSL.DATASETS)),
-            ("Pretraining", f"{cfg.SSL.METHOD}, {cfg.SSL.PRECISION}, "
+            ("Pretraining", f"{method_title(cfg)}, {cfg.SSL.PRECISION}, "
                             + _of_photos(pretrain.MAX_ITER, pretrain.IMS_PER_BATCH)),
         ]  # fmt: skip
     facts += [
@@ -172,12 +171,13 @@ def _pretraining(cfg) -> str:
     if not metrics:
         return head + _line("Not run yet.")
     figures = [
-        ("Loss", plots.plot_losses(metrics, find_method(cfg.SSL.METHOD).loss_range)),
+        ("Loss", plots.plot_losses(metrics, _hand_off_record(cfg).get("loss_range"))),
         ("Spread of the embeddings: near 1 is healthy, 0 is collapse",
          plots.plot_spread(metrics)),
         ("Learning rate", plots.plot_learning_rate(metrics)),
     ]  # fmt: skip
-    return head + _plots(figures) + _views(stage) + _hand_off(cfg)
+    pictures = _views(stage) + _matches(stage) + _reconstructions(stage)
+    return head + _plots(figures) + pictures + _hand_off(cfg)
 
 
 def _views(stage) -> str:
@@ -196,18 +196,56 @@ def _views(stage) -> str:
     )
 
 
-def _hand_off(cfg) -> str:
-    path = pretrained_path(cfg)
-    head = "<h3>Hand-off</h3>"
+def _matches(stage) -> str:
+    path = os.path.join(stage.OUTPUT_DIR, "matches.png")
     if not os.path.isfile(path):
-        return head + _line("No weights were handed off yet.")
+        return ""
+    with Image.open(path) as image:
+        picture = _picture(image.convert("RGB"), "what is the same in two views of a photo")
+    return (
+        "<h3>What it is told is the same</h3>"
+        + _line(
+            "Two views of a photo side by side. What has the same number and colour in both is "
+            "one thing to the loss, and the network learns to describe it alike. Of cells only a "
+            "few are shown, of one level; where the method matches them by their features, as the "
+            "network saw them before training."
+        )
+        + f'<div class="scroll">{picture}</div>'
+    )
+
+
+def _reconstructions(stage) -> str:
+    path = os.path.join(stage.OUTPUT_DIR, "reconstructions.png")
+    if not os.path.isfile(path):
+        return ""
+    with Image.open(path) as image:
+        picture = _picture(image.convert("RGB"), "what the network made of the first photos")
+    return (
+        "<h3>What the network makes of it</h3>"
+        + _line("What was given, what was predicted, and the view that it was taken from.")
+        + f'<div class="scroll">{picture}</div>'
+    )
+
+
+def _hand_off_record(cfg) -> dict:
+    """What the hand-off says of itself; empty where there is none."""
+    path = pretrained_path(cfg)
+    if not os.path.isfile(path):
+        return {}
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    record = content.get("d2ssl", {})
+    return {**content.get("d2ssl", {}), "tensors": len(content["model"])}
+
+
+def _hand_off(cfg) -> str:
+    path, record = pretrained_path(cfg), _hand_off_record(cfg)
+    head = "<h3>Hand-off</h3>"
+    if not record:
+        return head + _line("No weights were handed off yet.")
     versions = record.get("versions", {})
     facts = [
         ("File", os.path.relpath(path, cfg.OUTPUT_DIR)),
-        ("Tensors", len(content["model"])),
-        ("Method", record.get("method")),
+        ("Tensors", record["tensors"]),
+        ("Method", " after ".join([record.get("method"), *reversed(record.get("after", []))])),
         ("Trained parts", ", ".join(record.get("trained", []))),
         ("Started from", record.get("initial_weights")),
         ("Photos", f"{record.get('num_photos')} of {', '.join(record.get('datasets', []))}"),
@@ -275,7 +313,7 @@ def changed_keys(node, default, prefix: str = "") -> Iterable[Tuple[str, object]
 
 def _method(cfg) -> str:
     if cfg.SSL.ENABLED:
-        return f"{cfg.SSL.METHOD} pretraining, then Mask R-CNN"
+        return f"{method_title(cfg)} pretraining, then Mask R-CNN"
     return "Mask R-CNN without pretraining"
 
 

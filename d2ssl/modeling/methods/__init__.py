@@ -1,17 +1,41 @@
-"""Pretext methods; importing this package registers them as Detectron2 meta-architectures."""
-
-from detectron2.modeling import META_ARCH_REGISTRY
+"""Pretext methods; importing this package registers them."""
 
 from d2ssl.errors import D2SSLError
-from d2ssl.modeling.methods.base import PretextMethod
-from d2ssl.modeling.methods.soco import SoCo
+from d2ssl.modeling.methods.base import PRETEXT_REGISTRY, PretextMethod
+from d2ssl.modeling.methods.byol import BYOL
+from d2ssl.modeling.methods.colorization import Colorization
+from d2ssl.modeling.methods.combined import Combined
+from d2ssl.modeling.methods.densecl import DenseCL
+from d2ssl.modeling.methods.detcon import DetCon
+from d2ssl.modeling.methods.inpainting import Inpainting
+from d2ssl.modeling.methods.moco import MoCo
+from d2ssl.modeling.methods.p2vec import P2Vec
+from d2ssl.modeling.methods.pixpro import PixPro
+from d2ssl.modeling.methods.plmoco import PLMoCo, PLMoCoPlus
+from d2ssl.modeling.methods.plsiam import PLSiam
+from d2ssl.modeling.methods.prcl import PRCL
+from d2ssl.modeling.methods.rlmoco import RLMoCo
+from d2ssl.modeling.methods.simclr import SimCLR
+from d2ssl.modeling.methods.simsiam import SimSiam
+from d2ssl.modeling.methods.soco import SoCo, SoCoStar
 
-__all__ = ["PretextMethod", "SoCo", "find_method"]
+__all__ = [
+    "BYOL", "Colorization", "Combined", "DenseCL", "DetCon", "Inpainting", "MoCo", "P2Vec",
+    "PLMoCo", "PLMoCoPlus", "PLSiam", "PRCL", "PRETEXT_REGISTRY", "PixPro", "PretextMethod",
+    "RLMoCo", "SimCLR", "SimSiam", "SoCo", "SoCoStar", "build_method",
+]  # fmt: skip
 
 
-def find_method(name: str) -> type:
-    """The pretext method registered under a name; raises :class:`D2SSLError` if there is none."""
-    methods = {n: c for n, c in META_ARCH_REGISTRY if issubclass(c, PretextMethod)}
-    if name not in methods:
-        raise D2SSLError(f"SSL.METHOD {name}: choose from {', '.join(sorted(methods))}")
-    return methods[name]
+def build_method(cfg, trunk) -> PretextMethod:
+    """The method that ``SSL.METHOD`` names, or several as ``SSL.METHODS`` says.
+
+    Raises:
+        D2SSLError: a name that is not registered.
+    """
+    names = [name for name, _ in cfg.SSL.METHODS] or [cfg.SSL.METHOD]
+    for name in names:
+        if name not in PRETEXT_REGISTRY:
+            known = ", ".join(sorted(name for name, _ in PRETEXT_REGISTRY))
+            key = "SSL.METHODS" if cfg.SSL.METHODS else "SSL.METHOD"
+            raise D2SSLError(f"{key} {name}: choose from {known}")
+    return (Combined if cfg.SSL.METHODS else PRETEXT_REGISTRY.get(cfg.SSL.METHOD))(cfg, trunk)

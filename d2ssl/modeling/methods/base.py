@@ -4,62 +4,79 @@ import copy
 from typing import Dict, List, Sequence, Tuple
 
 import torch
-from detectron2.config import configurable
+from fvcore.common.registry import Registry
 from torch import nn
 
 from d2ssl.data.views import View
 from d2ssl.errors import D2SSLError
-from d2ssl.modeling.trunk import Trunk
+from d2ssl.modeling.units import Units, WholeImage
+
+PRETEXT_REGISTRY = Registry("PRETEXT")
+PRETEXT_REGISTRY.__doc__ = "Pretext methods, by the names that SSL.METHOD and SSL.METHODS take."
 
 
 class PretextMethod(nn.Module):
-    """A Detectron2 meta-architecture that trains a :class:`Trunk` on views of unlabelled photos.
+    """Heads and a loss on views of photos that a trunk has encoded.
 
-    A subclass declares its views (:meth:`views`), which of them show the same boxes
-    (:attr:`view_pairs`), its momentum twins (:meth:`add_twin`), and turns a batch into a dict of
-    losses (:meth:`forward`). Around it, the trainer loads weights into ``trunk``, starts the
-    twins from it, moves them each step, sets schedules, precision and norms, and hands ``trunk``
-    off. ``embedding`` holds the last N x D embedding, for the collapse meter.
+    A subclass is ``@configurable`` with ``from_config(cls, cfg, trunk)``, and turns the views into
+    a dict of losses (:meth:`forward`). Momentum twins of its heads are made by :meth:`add_twin`;
+    it sets ``uses_twin`` if it asks for the trunk's.
+
+    Args:
+        views: what the mapper draws of each photo.
+        units: what is compared; decides what else the mapper must add (``needs``) and which parts
+            of the trunk learn (``reaches``).
+
+    Attributes:
+        view_pairs: which views are compared, by index.
+        embedding: the rows that were last compared, N x D, for the collapse meter; None where
+            nothing can collapse.
+        loss_range: least and largest value that the sum of the losses can take.
     """
 
-    trains: Tuple[str, ...] = ("bottom_up", "fpn", "box_head")  # parts that its loss reaches
-    view_pairs: Tuple[Tuple[int, int], ...] = ()  # views that share boxes, by index
-    loss_range: Tuple[float, float]  # of the sum of the losses
+    kind: type = WholeImage  # of units
+    view_pairs: Sequence[Tuple[int, int]] = ((0, 1),)
+    uses_twin: bool = False
+    loss_range: Tuple[float, float]
 
-    @configurable
-    def __init__(self, *, trunk: Trunk, pixel_mean: Sequence[float], pixel_std: Sequence[float]):
+    def __init__(self, *, views: Sequence[View], units: Units):
         super().__init__()
-        self.trunk = trunk
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.views, self.units = list(views), units
+        self.needs, self.reaches = units.needs, units.reaches
         self.embedding: torch.Tensor = None
         self._twins: Dict[str, str] = {}
+        self.num_views = 1 + max(map(max, self.view_pairs), default=0)
+        if self.num_views > len(self.views):
+            raise D2SSLError(
+                f"{type(self).__name__} needs {self.num_views} views of a photo and is given "
+                f"{len(self.views)}"
+            )
 
     @classmethod
-    def from_config(cls, cfg):
-        trunk = Trunk(**Trunk.from_config(cfg, view_size=cfg.SSL.INPUT.VIEW_SIZE))
-        trunk.train_only([part for part in cfg.SSL.TRAIN if part in cls.trains])
+    def from_config(cls, cfg, trunk) -> Dict:
         return {
-            "trunk": trunk,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "views": cls.draws(cfg),
+            "units": cls.kind.from_config(cfg, trunk),
+            "hidden_dim": cfg.SSL.HEAD.HIDDEN_DIM,
+            "out_dim": cfg.SSL.HEAD.OUT_DIM,
         }
 
     @classmethod
-    def views(cls, cfg) -> List[View]:
-        """The views that the mapper draws of each photo."""
-        raise NotImplementedError
+    def draws(cls, cfg) -> List[View]:
+        """The views of a photo; here two crops, drawn alike."""
+        return [view_from_cfg(cfg, cfg.SSL.INPUT.VIEW_SIZE, crop=True, blur_p=0.5)] * 2
 
-    def forward(self, batched_inputs: List[dict]) -> Dict[str, torch.Tensor]:
+    def forward(self, views) -> Dict[str, torch.Tensor]:
         """
         Args:
-            batched_inputs: one dict a photo, as :class:`~d2ssl.data.mapper.PretextMapper` makes
-                them: ``views``, a list of 3 x H x W uint8 images in the config's colour order;
-                ``pairs``, one dict for each of ``view_pairs`` with ``boxes`` (two K x 4 tensors in
-                pixels of the two views) and ``ids`` (K, -1 where the views share nothing);
-                ``image_id``, the photo's index in its data set.
+            views: a :class:`~d2ssl.modeling.pretext_model.ViewBatch` for each of ``self.views``.
         """
         raise NotImplementedError
+
+    def pictures(self, views) -> List[Tuple[str, torch.Tensor]]:
+        """What to look at of the views: captions, and for each N x 3 x S x S uint8 in the config's
+        colour order. Only a method that makes pictures has any."""
+        return []
 
     def add_twin(self, name: str) -> None:
         """Give ``self.<name>`` a momentum twin ``self.<name>_twin`` without gradients."""
@@ -68,44 +85,28 @@ class PretextMethod(nn.Module):
         self._twins[name] = f"{name}_twin"
 
     def twins(self) -> List[Tuple[nn.Module, nn.Module]]:
-        """Pairs (module that learns, its momentum twin)."""
+        """Pairs (head that learns, its momentum twin)."""
         return [(getattr(self, a), getattr(self, b)) for a, b in self._twins.items()]
 
-    @torch.no_grad()
-    def reset_twins(self) -> None:
-        """Start each twin as a copy, after weights were loaded."""
-        for online, twin in self.twins():
-            twin.load_state_dict(online.state_dict())
+    def online_rows(self, view) -> torch.Tensor:
+        """Projected rows of a view, with gradient: N x R x D."""
+        return apply_head(self.projector, self.units.rows(view.online, view))
 
     @torch.no_grad()
-    def move_twins(self, momentum: float) -> None:
-        """twin = momentum * twin + (1 - momentum) * online, parameters only (MoCo, eq. 2).
-
-        Norm statistics are the twin's own: it runs in training mode.
-        """
-        for online, twin in self.twins():
-            for p, q in zip(online.parameters(), twin.parameters()):
-                if p.requires_grad:
-                    q.lerp_(p, 1 - momentum)
-
-    def stack_view(self, batched_inputs: List[dict], index: int) -> torch.Tensor:
-        """View ``index`` of every photo, normalised as the detector does: N x 3 x H x W."""
-        images = torch.stack([x["views"][index] for x in batched_inputs])
-        images = images.to(self.pixel_mean.device, non_blocking=True)
-        images = images.contiguous(memory_format=torch.channels_last)
-        return (images - self.pixel_mean) / self.pixel_std
-
-    def parameter_parts(self) -> Dict[str, List[nn.Module]]:
-        """Everything that learns, by the names under ``SSL.SOLVER.LR_FACTOR``."""
-        parts = {name.upper(): modules for name, modules in self.trunk.parts().items()}
-        others = [m for name, m in self.named_children() if name != "trunk"]
-        return {**parts, "HEADS": others}
+    def momentum_rows(self, view) -> torch.Tensor:
+        """The same by the momentum twins, without gradient."""
+        return apply_head(self.projector_twin, self.units.rows(view.momentum, view))
 
 
-def view_from_cfg(cfg, size: int, crop: bool, blur_p: float) -> View:
+def apply_head(head: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """A head for vectors on every row of every photo: N x R x C -> N x R x D."""
+    return head(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+
+
+def view_from_cfg(cfg, size: int, crop: bool, blur_p: float, **changes) -> View:
     """A view as ``cfg.SSL.INPUT`` wants it; solarizing and cut-outs are for cropped views only."""
     options = cfg.SSL.INPUT
-    return View(
+    fields = dict(
         size=size,
         crop_scale=tuple(options.CROP_SCALE) if crop else None,
         flip=options.FLIP,
@@ -117,12 +118,4 @@ def view_from_cfg(cfg, size: int, crop: bool, blur_p: float) -> View:
         plane_shift=options.PLANE_SHIFT,
         cutout_p=options.CUTOUT_PROB if crop else 0.0,
     )
-
-
-def require_two_photos(batch_size: int) -> None:
-    """Heads with BatchNorm need two rows or more; raises :class:`D2SSLError`."""
-    if batch_size < 2:
-        raise D2SSLError(
-            f"SSL.SOLVER.IMS_PER_BATCH gives {batch_size} photo per process; batch statistics "
-            "need 2 or more"
-        )
+    return View(**{**fields, **changes})

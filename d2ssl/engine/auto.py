@@ -1,0 +1,59 @@
+"""Values that are set to "auto": what suits a data set of this size."""
+
+import logging
+import math
+
+from d2ssl.config import AUTO, AUTO_KEYS, get_key, set_key
+from d2ssl.data.build import load_dicts
+from d2ssl.errors import D2SSLError
+
+logger = logging.getLogger("d2ssl")
+
+
+def resolve_auto(cfg):
+    """The user's config with a number for each "auto" of pretraining, frozen; each is logged.
+
+    - batch: a quarter of the photos as a power of two, 4 to 64, so that a batch seldom holds a
+      photo twice. 61 photos: 16.
+    - lr: by the square root of the batch (Krizhevsky 2014; PixPro's authors below 1024): SGD 0.02
+      and AdamW 2e-4 at 16, LARS 1.0 at 256.
+    - momentum: the twin averages over the last 25 passes through the photos, 100 to 1000
+      iterations. 61 photos: 0.99; large sets: 0.999 as in MoCo.
+    - queue: half the photos as a power of two, at least a batch, at most 65536; with more it would
+      be mostly old keys of the photos in the batch. 61 photos: 32.
+
+    Raises:
+        D2SSLError: a queue for more photos than there are.
+    """
+    if not cfg.SSL.ENABLED:
+        return cfg
+    photos = len(load_dicts(cfg.SSL.DATASETS))
+    resolved = cfg.clone()
+    resolved.defrost()
+
+    def fill(key: str, value) -> None:
+        if get_key(resolved, key) == AUTO:
+            set_key(resolved, key, value)
+            logger.info("%s auto: %g, for %d photos", key, value, photos)
+
+    solver = resolved.SSL.SOLVER
+    fill("SSL.SOLVER.IMS_PER_BATCH", min(64, max(4, power_of_two(photos / 4))))
+    batch = solver.IMS_PER_BATCH
+    lr_at_16 = {"SGD": 0.02, "AdamW": 2e-4, "LARS": 0.25}[solver.OPTIMIZER]
+    fill("SSL.SOLVER.BASE_LR", lr_at_16 * math.sqrt(batch / 16))
+    horizon = min(1000, max(100, 25 * photos / batch))  # iterations
+    fill("SSL.MOMENTUM", 1 - 1 / horizon)
+    fill("SSL.QUEUE.SIZE", min(65536, photos, max(batch, power_of_two(photos / 2))))
+    if resolved.SSL.QUEUE.SIZE > photos:
+        raise D2SSLError(
+            f"SSL.QUEUE.SIZE {resolved.SSL.QUEUE.SIZE}: the data set has {photos} photos, and the "
+            f'queue would hold old keys of the same ones; give at most {photos}, or "auto"'
+        )
+    assert not any(get_key(resolved, key) == AUTO for key in AUTO_KEYS)
+    resolved.freeze()
+    return resolved
+
+
+def power_of_two(value: float) -> int:
+    """The power of two nearest to a value on the scale of logarithms, at least 1."""
+    return 2 ** max(0, round(math.log2(max(value, 1))))

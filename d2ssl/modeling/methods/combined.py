@@ -1,0 +1,56 @@
+"""Several pretext methods at once, on shared views and one trunk."""
+
+from typing import Sequence, Tuple
+
+from detectron2.config import configurable
+from torch import nn
+
+from d2ssl.errors import D2SSLError
+from d2ssl.modeling.methods.base import PRETEXT_REGISTRY, PretextMethod
+
+
+class Combined(PretextMethod):
+    """A weighted sum of methods; each view goes through the trunk once for all of them.
+
+    They share the views of the member that draws most. ``SSL.METHODS`` names members and weights;
+    a subclass may fix them in ``members``.
+    """
+
+    members: Sequence[Tuple[str, float]] = ()
+
+    @configurable
+    def __init__(self, *, methods: Sequence[PretextMethod], weights: Sequence[float]):
+        nn.Module.__init__(self)
+        self.embedding = None  # each member has its own, and its own twins
+        self.methods, self.weights = nn.ModuleList(methods), list(weights)
+        self.views = max((m.views for m in methods), key=len)
+        self.num_views = len(self.views)
+        self.view_pairs = tuple(dict.fromkeys(p for m in methods for p in m.view_pairs))
+        self.needs = frozenset().union(*(m.needs for m in methods))
+        self.reaches = tuple(dict.fromkeys(p for m in methods for p in m.reaches))
+        self.uses_twin = any(m.uses_twin for m in methods)
+        bounds = [[w * x for x in m.loss_range] for m, w in zip(methods, weights)]
+        self.loss_range = tuple(map(sum, zip(*bounds)))
+
+    @classmethod
+    def from_config(cls, cfg, trunk):
+        members = cls.members or cfg.SSL.METHODS
+        if not members:
+            raise D2SSLError('SSL.METHODS is empty; write [["SoCo", 1.0], ["Colorization", 0.1]]')
+        methods = [PRETEXT_REGISTRY.get(name)(cfg, trunk) for name, _ in members]
+        return {"methods": methods, "weights": [float(weight) for _, weight in members]}
+
+    def forward(self, views):
+        losses = {}
+        for method, weight in zip(self.methods, self.weights):
+            name = type(method).__name__.lower()
+            for part, loss in method(views).items():
+                losses[f"loss_{name}_{part.removeprefix('loss_')}"] = weight * loss
+        return losses
+
+    def pictures(self, views):
+        # By caption: the original is shown once.
+        return list({name: x for m in self.methods for name, x in m.pictures(views)}.items())
+
+    def twins(self):
+        return []

@@ -1,0 +1,77 @@
+"""MoCo v2 (He et al., CVPR 2020; Chen et al., 2020): a queue of keys from a momentum encoder."""
+
+import torch
+from detectron2.config import configurable
+from lightly.models.modules.heads import MoCoProjectionHead
+from torch.nn import functional as F
+
+from d2ssl.losses.contrastive import cosines, info_nce_bound, info_nce_loss
+from d2ssl.modeling.methods.base import PRETEXT_REGISTRY, PretextMethod
+from d2ssl.modeling.queue import KeyQueue
+
+
+@PRETEXT_REGISTRY.register()
+class MoCo(PretextMethod):
+    """Rows of the first view against the momentum encoder's rows of the second, and a queue.
+
+    He et al., eq. 1, with the head of v2. The batch's own keys enter the queue before the loss is
+    taken: a photo never meets its own keys there, so for the others they are negatives from the
+    first step on. Rows of the photo itself that surely show something else are negatives as well.
+
+    Args:
+        queue_photos: how many photos' keys the queue holds.
+        keys_per_photo: rows of a photo that enter it.
+        num_rows: rows of a photo.
+    """
+
+    uses_twin = True
+
+    @configurable
+    def __init__(
+        self, *, hidden_dim, out_dim, temperature: float, queue_photos: int, keys_per_photo: int,
+        num_rows: int, **kwargs,
+    ):  # fmt: skip
+        super().__init__(**kwargs)
+        self.temperature, self.keys_per_photo = temperature, min(keys_per_photo, num_rows)
+        self.projector = MoCoProjectionHead(self.units.dim, hidden_dim, out_dim)
+        self.add_twin("projector")
+        self.queue = KeyQueue(queue_photos * self.keys_per_photo, out_dim)
+        self.loss_range = (0.0, info_nce_bound(num_rows + len(self.queue.keys), temperature))
+
+    @classmethod
+    def from_config(cls, cfg, trunk):
+        return {
+            **super().from_config(cfg, trunk),
+            "temperature": cfg.SSL.TEMPERATURE,
+            "queue_photos": cfg.SSL.QUEUE.SIZE,
+            "keys_per_photo": cfg.SSL.QUEUE.KEYS_PER_PHOTO,
+            "num_rows": cls.kind.count(cfg),
+        }
+
+    def forward(self, views):
+        a, b = views[:2]
+        query, key = self.online_rows(a), self.momentum_rows(b)  # N x R x D
+        self.embedding = query.detach().flatten(0, 1)
+        keys, present = self.enqueued(key, b)
+        photos = torch.where(present, b.photos[:, None], -1)
+        self.queue.push(F.normalize(keys.float(), dim=-1).flatten(0, 1), photos.flatten())
+
+        same, different = self.compare(a, b)  # N x R x R
+        others = self.queue.others(a.photos)[:, None].expand(-1, query.shape[1], -1)  # N x R x K
+        similarity = torch.cat([cosines(query, key), cosines(query, self.queue.keys)], dim=2)
+        positive = torch.cat([same, torch.zeros_like(others)], dim=2)
+        negative = torch.cat([different, others], dim=2)
+        loss = info_nce_loss(similarity, positive, negative, self.temperature)
+        return {"loss_contrast": loss}
+
+    def compare(self, a, b):
+        """Which rows of the two views are the same, and which different: N x R x R bool each."""
+        return self.units.compare(a, b)
+
+    def enqueued(self, key, view):
+        """What of a view's keys (N x R x D) enters the queue, N x keys_per_photo x D, and which of
+        it is there, N x keys_per_photo bool: here evenly spaced rows."""
+        last = key.shape[1] - 1
+        chosen = torch.linspace(0, last, self.keys_per_photo, device=key.device).round().long()
+        present = self.units.present(view).expand(key.shape[:2])
+        return key[:, chosen], present[:, chosen]
