@@ -19,8 +19,8 @@ def resolve_auto(cfg):
       and AdamW 2e-4 at 16, LARS 1.0 at 256.
     - momentum: the twin averages over the last 25 passes through the photos, 100 to 1000
       iterations. 61 photos: 0.99; large sets: 0.999 as in MoCo.
-    - queue: half the photos as a power of two, at least a batch, at most 65536; with more it would
-      be mostly old keys of the photos in the batch. 61 photos: 32.
+    - queue: half the photos as a power of two, at least a batch, at most 65536; more would only be
+      older keys of the same few photos. 61 photos: 32.
 
     Raises:
         D2SSLError: a queue for more photos than there are.

@@ -82,11 +82,12 @@ class CollapseMeter(HookBase):
         step = self.trainer.iter + 1
         if step % self.period and step != self.trainer.max_iter:
             return
-        spreads = {type(m).__name__: spread(m.embedding) for m in self.methods
-                   if m.embedding is not None and len(m.embedding) > 1}  # fmt: skip
+        # Not by name: a method may be there on its own and as a part of another.
+        spreads = [(spread(m.embedding), type(m).__name__) for m in self.methods
+                   if m.embedding is not None and len(m.embedding) > 1]  # fmt: skip
         if not spreads:
             return
-        name, lowest = min(spreads.items(), key=lambda item: item[1])
+        lowest, name = min(spreads)
         self.trainer.storage.put_scalar("embedding_spread", lowest, smoothing_hint=False)
         if lowest < self.warn_below:
             logger.warning(

@@ -34,7 +34,7 @@ def lab_to_rgb(lab: torch.Tensor) -> torch.Tensor:
     xyz = torch.where(root > KNEE, root**3, 3 * KNEE**2 * (root - 4 / 29))
     linear = _mix(np.linalg.inv(RGB_TO_XYZ), xyz).clamp(0, 1)
     value = torch.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, linear * 12.92)
-    return 255 * value.clamp(0, 1)
+    return 255 * value
 
 
 def _mix(matrix: np.ndarray, planes: torch.Tensor) -> torch.Tensor:

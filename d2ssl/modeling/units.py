@@ -159,7 +159,7 @@ class Lattice(NamedTuple):
 
 
 def cell_lattice(windows: torch.Tensor, side: int, number: int = 0) -> Lattice:
-    """The cells of a side x side map of views whose edges lie at ``windows`` (N x 4), row by row."""
+    """The cells, row by row, of a side x side map of views with edges at ``windows``, N x 4."""
     start, end = windows[:, None, :2], windows[:, None, 2:]  # N x 1 x 2
     place = (torch.arange(side, device=windows.device) + 0.5) / side
     y, x = torch.meshgrid(place, place, indexing="ij")
@@ -211,7 +211,9 @@ class Regions(LevelUnits):
         shares = []
         for level in self.levels:
             side = view.pixels.shape[-1] >> int(level[-1])
-            labels = F.interpolate(view.regions[:, None].float(), (side, side), mode="nearest-exact")
+            labels = F.interpolate(
+                view.regions[:, None].float(), (side, side), mode="nearest-exact"
+            )
             mask = F.one_hot(labels.flatten(1).long(), self.num).transpose(1, 2).float()
             shares.append(mask / mask.sum(2, keepdim=True).clamp(min=1))
         return shares

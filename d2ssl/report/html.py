@@ -176,55 +176,47 @@ def _pretraining(cfg) -> str:
          plots.plot_spread(metrics)),
         ("Learning rate", plots.plot_learning_rate(metrics)),
     ]  # fmt: skip
-    pictures = _views(stage) + _matches(stage) + _reconstructions(stage)
-    return head + _plots(figures) + pictures + _hand_off(cfg)
+    return head + _plots(figures) + _sheets(stage) + _hand_off(cfg)
 
 
-def _views(stage) -> str:
-    path = os.path.join(stage.OUTPUT_DIR, "views.png")
-    if not os.path.isfile(path):
-        return ""
-    with Image.open(path) as image:
-        picture = _picture(image.convert("RGB"), "views of the first photos")
+def _sheets(stage) -> str:
     return (
-        "<h3>What the network sees</h3>"
-        + _line(
-            "Views of the first photos. A box has the same number and colour in both views "
-            "that share it."
-        )  # fmt: skip
-        + f'<div class="scroll">{picture}</div>'
-    )
-
-
-def _matches(stage) -> str:
-    path = os.path.join(stage.OUTPUT_DIR, "matches.png")
-    if not os.path.isfile(path):
-        return ""
-    with Image.open(path) as image:
-        picture = _picture(image.convert("RGB"), "what is the same in two views of a photo")
-    return (
-        "<h3>What it is told is the same</h3>"
-        + _line(
-            "Two views of a photo side by side. What has the same number and colour in both is "
-            "one thing to the loss, and the network learns to describe it alike. Of cells only a "
-            "few are shown, of one level; where the method matches them by their features, as the "
-            "network saw them before training."
+        _sheet(
+            stage,
+            "views.png",
+            "What the network sees",
+            "Views of the first photos. Where views share boxes, a box has the same number and "
+            "colour in both.",
+            "views of the first photos",
         )
-        + f'<div class="scroll">{picture}</div>'
+        + _sheet(
+            stage,
+            "matches.png",
+            "What it is told is the same",
+            "Two views of a photo side by side. What has the same number and colour in both is one "
+            "thing to the loss, and the network learns to describe it alike. Of cells only a few "
+            "are shown, of one level; where the method matches them by their features, as the "
+            "network saw them before training.",
+            "what is the same in two views of a photo",
+        )
+        + _sheet(
+            stage,
+            "reconstructions.png",
+            "What the network makes of it",
+            "What was given, what was predicted, and the view that it was taken from.",
+            "what the network made of the first photos",
+        )
     )
 
 
-def _reconstructions(stage) -> str:
-    path = os.path.join(stage.OUTPUT_DIR, "reconstructions.png")
+def _sheet(stage, name: str, title: str, text: str, alt: str) -> str:
+    """A picture that the stage left; nothing where it left none."""
+    path = os.path.join(stage.OUTPUT_DIR, name)
     if not os.path.isfile(path):
         return ""
     with Image.open(path) as image:
-        picture = _picture(image.convert("RGB"), "what the network made of the first photos")
-    return (
-        "<h3>What the network makes of it</h3>"
-        + _line("What was given, what was predicted, and the view that it was taken from.")
-        + f'<div class="scroll">{picture}</div>'
-    )
+        picture = _picture(image.convert("RGB"), alt)
+    return f'<h3>{title}</h3>{_line(text)}<div class="scroll">{picture}</div>'
 
 
 def _hand_off_record(cfg) -> dict:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from d2ssl.config import pretrained_path
+from d2ssl.engine.handoff import _earlier_methods
 from d2ssl.pipeline import pretrain
 
 # Runs where d2ssl cannot be imported, and builds everything from stock.yaml.
@@ -46,10 +47,11 @@ def handed_off(demo_root, tmp_path_factory):
 
     from d2ssl.config import load_cfg
     from d2ssl.data.datasets import register_balloon
+    from d2ssl.engine.auto import resolve_auto
 
     register_balloon(str(demo_root), "balloon_demo")
     out = tmp_path_factory.mktemp("handoff")
-    cfg = load_cfg(str(CONFIGS / "demo.yaml"), [*TINY, "OUTPUT_DIR", str(out)])
+    cfg = resolve_auto(load_cfg(str(CONFIGS / "demo.yaml"), [*TINY, "OUTPUT_DIR", str(out)]))
     pretrain(cfg)
     return cfg, torch.load(pretrained_path(cfg), weights_only=True)
 
@@ -109,3 +111,32 @@ def test_provenance_says_what_the_weights_are(handed_off):
     assert about["config"]["INPUT.FORMAT"] == "BGR"
     assert about["config"]["MODEL.RESNETS.STRIDE_IN_1X1"] is True
     assert len(about["config"]["MODEL.PIXEL_MEAN"]) == 3
+
+
+def test_one_method_after_another(handed_off, tiny_cfg, tmp_path):
+    """Each starts from what the last handed off, and the record names all that came before."""
+    cfg, first = handed_off
+    assert first["d2ssl"]["after"] == []
+    weights = pretrained_path(cfg)
+    for name, after in (("SimSiam", ["SoCo"]), ("BYOL", ["SoCo", "SimSiam"])):
+        opts = ["SSL.METHOD", name, "MODEL.WEIGHTS", weights, "SSL.SOLVER.MAX_ITER", "1"]
+        cfg = tiny_cfg(*opts, output_dir=tmp_path / name)
+        pretrain(cfg)
+        weights = pretrained_path(cfg)
+        content = torch.load(weights, weights_only=True)
+        about = content["d2ssl"]
+        assert (about["method"], about["after"]) == (name, after)
+        assert about["initial_weights"] == "model_pretrained.pth"
+    # Neither trains the box head: they pass on the first one's.
+    box_head = [key for key in first["model"] if key.startswith("roi_heads.box_head")]
+    assert box_head
+    assert all(torch.equal(content["model"][key], first["model"][key]) for key in box_head)
+    stem = "backbone.bottom_up.stem.conv1.weight"
+    change = (content["model"][stem] - first["model"][stem]).norm() / first["model"][stem].norm()
+    assert 0 < change < 0.1  # it went on from there
+
+
+def test_other_weights_have_nothing_before_them(tmp_path):
+    plain = tmp_path / "weights.pth"
+    torch.save({"model": {}}, plain)
+    assert [_earlier_methods(w) for w in ("", "detectron2://R-50.pkl", str(plain))] == [[]] * 3

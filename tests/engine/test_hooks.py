@@ -7,6 +7,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from d2ssl.engine.hooks import CollapseMeter, KeepBest, MoveTwins, SeedEachIteration, ValidationLoss
+from d2ssl.modeling.methods.base import PretextMethod
+from d2ssl.modeling.pretext_model import PretextModel
 
 
 def trainer_at(iteration, max_iter=100, storage=None):
@@ -29,39 +31,99 @@ def test_momentum_rises_to_one_by_cosine(storage):
     assert seen == pytest.approx(expected, abs=1e-9)
 
 
-def test_twin_moves_by_one_minus_momentum():
-    from d2ssl.modeling.methods.base import PretextMethod
-
+def test_twins_move_by_one_minus_momentum():
     class Method(PretextMethod):
+        uses_twin = True
+
         def __init__(self):
             nn.Module.__init__(self)
             self._twins = {}
             self.head = nn.Linear(2, 2)
             self.add_twin("head")
 
-    method = Method()
-    start = method.head_twin.weight.clone()
+    trunk, method = nn.Linear(2, 2), Method()
+    trunk.bias.requires_grad_(False)  # a part that does not learn
+    model = PretextModel(trunk=trunk, method=method, pixel_mean=[0.0], pixel_std=[1.0])
+    learning = {trunk.weight: model.trunk_twin.weight, method.head.weight: method.head_twin.weight}
+    starts = [twin.clone() for twin in learning.values()]
     with torch.no_grad():
-        method.head.weight += 1
-    method.move_twins(0.9)
-    torch.testing.assert_close(method.head_twin.weight, start + 0.1)
-    assert not method.head_twin.weight.requires_grad
-    method.reset_twins()
-    assert torch.equal(method.head_twin.weight, method.head.weight)
+        for parameter in (*learning, trunk.bias):
+            parameter += 1
+    bias = model.trunk_twin.bias.clone()
+    model.move_twins(0.9)
+    for twin, start in zip(learning.values(), starts):
+        torch.testing.assert_close(twin, start + 0.1)
+        assert not twin.requires_grad
+    assert torch.equal(model.trunk_twin.bias, bias)
+    model.reset_twins()
+    assert all(torch.equal(twin, online) for online, twin in learning.items())
+
+
+class Watched(PretextMethod):
+    """A method that has just compared these rows."""
+
+    def __init__(self, embedding):
+        nn.Module.__init__(self)
+        self.embedding = embedding
+
+
+class WatchedToo(Watched):
+    pass
+
+
+HEALTHY = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+NARROW = torch.ones(64) + HEALTHY  # half its variance is left
+COLLAPSED = torch.ones(64) + 0.01 * HEALTHY
+
+
+def measured(storage, *methods, iteration=0):
+    hook = CollapseMeter(nn.ModuleList(methods), period=1)
+    hook.trainer = trainer_at(iteration, storage=storage)
+    hook.after_step()
+    return storage.latest()["embedding_spread"][0] if methods else None
 
 
 @pytest.mark.parametrize("collapsed", [False, True])
 def test_collapse_meter(storage, collapsed, caplog):
-    torch.manual_seed(0)
-    z = torch.randn(512, 64)
-    if collapsed:
-        z = torch.ones(64) + 0.01 * z
-    hook = CollapseMeter(types.SimpleNamespace(embedding=z), period=1)
+    spread = measured(storage, Watched(COLLAPSED if collapsed else HEALTHY))
+    assert (spread < 0.05) if collapsed else spread == pytest.approx(1, abs=0.05)
+    assert ("The embeddings of Watched are collapsing" in caplog.text) is collapsed
+
+
+@pytest.mark.parametrize(
+    "rows, other, spread",
+    [
+        (HEALTHY, NARROW, 0.71),
+        (NARROW, HEALTHY, 0.71),
+        (None, HEALTHY, 1),  # it compares nothing
+        (HEALTHY, HEALTHY[:1], 1),  # one row has no spread
+    ],
+)
+def test_collapse_meter_of_several_methods_shows_the_lowest(storage, rows, other, spread, caplog):
+    methods = Watched(rows), WatchedToo(other)
+    assert measured(storage, *methods) == pytest.approx(spread, abs=0.05)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "methods, name",
+    [
+        ((Watched(HEALTHY), WatchedToo(COLLAPSED)), "WatchedToo"),
+        ((Watched(COLLAPSED), WatchedToo(HEALTHY)), "Watched"),
+        # Alone, and as a part of another method.
+        ((Watched(COLLAPSED), Watched(HEALTHY)), "Watched"),
+    ],
+)
+def test_collapse_meter_names_the_method_that_collapses(storage, methods, name, caplog):
+    assert measured(storage, *methods) < 0.05
+    assert f"The embeddings of {name} are collapsing" in caplog.text
+
+
+def test_collapse_meter_without_embeddings_says_nothing(storage):
+    hook = CollapseMeter(nn.ModuleList([Watched(None)]), period=1)
     hook.trainer = trainer_at(0, storage=storage)
     hook.after_step()
-    spread = storage.latest()["embedding_spread"][0]
-    assert (spread < 0.05) if collapsed else spread == pytest.approx(1, abs=0.05)
-    assert ("collapsing" in caplog.text) is collapsed
+    assert "embedding_spread" not in storage.latest()
 
 
 def test_seeds_follow_from_the_iteration():

@@ -6,18 +6,18 @@ import torch
 
 from d2ssl.modeling.methods.p2vec import Surroundings
 from tests.modeling.conftest import assert_learns
-from tests.modeling.test_rlmoco import pictures, seen_again, unit_rows
+from tests.modeling.test_rlmoco import part_twins, pictures, seen_again, unit_rows
 from tests.modeling.test_units import centres_and_diagonals
 
 TEMPERATURE, RADIUS, SIDES = 0.2, 0.7, {"p2": 14, "p3": 8, "p4": 4, "p5": 2}
 
 
-def cells(pyramid):
+def cells(pyramid, levels=tuple(SIDES)):
     """Each level's map, averaged down to at most 14 x 14: N x C x H x W float64 each."""
     maps = []
-    for level, side in SIDES.items():
+    for level in levels:
         full = pyramid[level].detach().double().numpy()
-        size = full.shape[2]
+        size, side = full.shape[2], SIDES[level]
         spans = [slice(i * size // side, -(-(i + 1) * size // side)) for i in range(side)]
         maps.append(
             np.stack([[full[:, :, y, x].mean((2, 3)) for x in spans] for y in spans]).transpose(
@@ -49,10 +49,11 @@ def surroundings(maps):
     return means
 
 
-def matches(window_a, window_b):
+def matches(window_a, window_b, levels=tuple(SIDES)):
     """For each cell of a view, which cells of the other are at its place and which are not: two
     R x R; some are neither."""
-    here, there = (centres_and_diagonals(w, tuple(SIDES.values())) for w in (window_a, window_b))
+    sides = [SIDES[level] for level in levels]
+    here, there = (centres_and_diagonals(w, sides) for w in (window_a, window_b))
     share = np.array([
         [np.hypot(x - u, y - v) / max(d, e) if i == j else np.inf for j, u, v, e in there]
         for i, x, y, d in here
@@ -64,6 +65,7 @@ def test_loss_equals_the_definition_written_out(model_and_batch):
     """Both directions, one cell at a time; the photo that is there twice changes nothing, as words
     of other photos are in no cell's vocabulary."""
     model, batch = model_and_batch("P2Vec")
+    part_twins(model)
     batch[3] = seen_again(batch[1])
     method = model.method
     loss = model(batch)["loss_v1_v2"].item()

@@ -78,24 +78,26 @@ def test_pyramid_and_box_features_are_the_trunks(model_and_batch):
     view = model.see(batch)[1]
     size = view.pixels.shape[-1]
     for level, stride in zip("2345", (4, 8, 16, 32)):
-        for name, channels in (("p", 32), ("res", 32 << int(level))):
+        for name, channels in (("p", 32), ("res", 16 << int(level))):
             expected = (4, channels, size // stride, size // stride)
             assert view.online.pyramid[name + level].shape == expected
     features = view.online.box_features(view.boxes)
     assert features.shape == (*view.boxes.shape[:2], model.trunk.box_dim)
     # A photo's boxes are read off that photo's maps.
     alone = model.see(batch[2:3])[1]
-    assert torch.allclose(alone.online.box_features(alone.boxes)[0], features[2], atol=1e-5)
+    same = alone.online.box_features(alone.boxes)[0]
+    assert torch.allclose(same, features[2], rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["RLMoCo", "Inpainting"])
 def test_views_hold_what_the_mapper_made(model_and_batch, name):
-    model, batch = model_and_batch(name, "SSL.REGIONS.SOURCE", "grid")
+    std = ["MODEL.PIXEL_STD", "[50.0, 60.0, 70.0]"]
+    model, batch = model_and_batch(name, "SSL.REGIONS.SOURCE", "grid", *std)
     for number, item in enumerate(batch):
         item["index"] = 7 * number
     for index, view in enumerate(model.see(batch)):
         assert view.photos.tolist() == [0, 7, 14, 21]
-        mean, std = model.pixel_mean.view(3), model.pixel_std.view(3)
+        mean, std = (103.53, 116.28, 123.675), (50, 60, 70)  # BGR
         for n, item in enumerate(batch):
             pixels = item["views"][index]
             assert torch.equal(view.pixels[n], pixels)
@@ -137,7 +139,11 @@ def test_boxes_of_different_pairs_never_match():
     method = SimpleNamespace(view_pairs=((0, 1), (0, 2)))
     model = SimpleNamespace(pixel_mean=torch.zeros(3, 1, 1), method=method)
     views = [ViewBatch(model, items, index) for index in range(3)]
-    assert [view.boxes[0, :, 0].tolist() for view in views] == [[10, 10, 20, 20], [11] * 2, [21] * 2]
+    assert [view.boxes[0, :, 0].tolist() for view in views] == [
+        [10, 10, 20, 20],
+        [11] * 2,
+        [21] * 2,
+    ]
 
     matches = [Boxes(8).compare(views[0], views[other])[0].int().tolist() for other in (1, 2)]
     assert matches[0] == [[[1, 0], [0, 1], [0, 0], [0, 0]], [[1, 0], [0, 0], [0, 0], [0, 0]]]

@@ -43,6 +43,14 @@ def pictures(model, batch, view):
     return model.normalize(torch.stack([x["views"][view] for x in batch]))
 
 
+def part_twins(model):
+    """As after some steps: at the start twins are copies, and nobody sees which of the two ran."""
+    with torch.no_grad():
+        for _, twin in model.twins():
+            for parameter in twin.parameters():
+                parameter += 0.3 * parameter.std(correction=0) * torch.randn_like(parameter)
+
+
 def seen_again(item):
     """The same photo another time, its two views exchanged."""
     swapped = {k: item[k][::-1] for k in ("views", "regions") if k in item}
@@ -53,6 +61,7 @@ def test_loss_equals_the_definition_written_out(model_and_batch):
     """A region of the first view, the same region of the second, and as negatives the photo's other
     regions on its level and what the queue holds of other photos. One photo is there twice."""
     model, earlier = model_and_batch("RLMoCo", "SSL.QUEUE.SIZE", "8")
+    part_twins(model)
     batch = [*earlier[:3], seen_again(earlier[1])]
     queue, method = [], model.method  # of (unit vector, photo), the oldest first
     for items in (earlier, batch):

@@ -291,6 +291,19 @@ def test_regions_are_plain_means_over_their_cells():
     assert not present[:, 3].any()
 
 
+def test_a_large_cell_has_the_label_of_a_small_one_at_its_centre():
+    """Not a label between those of its cells."""
+    labels = 4 * torch.randint(0, 2, (2, 16, 16), generator=torch.Generator().manual_seed(0))
+    units, view = Regions({"p3": 3, "p4": 3, "p5": 3}, NUM), view_of(64, regions=labels)
+    present = units.present(view).view(2, 3, NUM)
+    assert present[:, :, [0, 4]].any(2).all() and not present[:, :, 1:4].any()
+    for n, i, j in itertools.product(range(2), range(4), range(4)):
+        maps = {level: torch.zeros(2, 3, 64 >> int(level[1]), 64 >> int(level[1])) for level in FPN}
+        maps["p4"][n, :, i, j] = 1
+        label = units.rows(pyramid_of(maps), view)[n, :, 0].nonzero().item() - NUM
+        assert label in labels[n, 4 * i + 1 : 4 * i + 3, 4 * j + 1 : 4 * j + 3]
+
+
 def test_regions_are_the_same_by_label_and_absent_ones_are_neither():
     views = [view_of(64, regions=torch.tensor(labels_in_blocks(seed))) for seed in (0, 1)]
     views[1].regions[0][views[1].regions[0] == 2] = 0  # the second view does not show region 2
@@ -306,7 +319,10 @@ def test_regions_are_the_same_by_label_and_absent_ones_are_neither():
 
 
 def test_boxes_are_the_same_by_proposal():
-    ids = torch.tensor([[7, 3, -1, 7], [-1, -1, 2, 4]]), torch.tensor([[3, 7, -1, 9], [2, -1, 5, 2]])
+    ids = (
+        torch.tensor([[7, 3, -1, 7], [-1, -1, 2, 4]]),
+        torch.tensor([[3, 7, -1, 9], [2, -1, 5, 2]]),
+    )
     same, different = Boxes(8).compare(*(SimpleNamespace(box_ids=i) for i in ids))
     for n, i, j in itertools.product(range(2), range(4), range(4)):
         a, b = ids[0][n, i].item(), ids[1][n, j].item()

@@ -1,5 +1,7 @@
 """The page: made from a run's files alone, whatever of them is there."""
 
+import base64
+import io
 import json
 import re
 
@@ -131,6 +133,29 @@ def test_only_pretrained(cfg, tmp_path):
     write_pretraining(tmp_path)
     page = read(write_report(cfg))
     assert page.count("Not run yet.") == 1 and page.count("<img ") == 4
+
+
+def test_reconstructions_where_the_method_makes_any(cfg, tmp_path):
+    write_pretraining(tmp_path)
+    assert "What the network makes of it" not in read(write_report(cfg))
+    Image.new("RGB", (48, 32), (1, 200, 3)).save(tmp_path / "pretrain" / "reconstructions.png")
+    page = read(write_report(cfg))
+    assert "What the network makes of it" in page and page.count("<img ") == 5
+    content = re.search(r'what the network made[^>]*base64,([^"]*)', page)
+    image = Image.open(io.BytesIO(base64.b64decode(content[1])))
+    assert image.size == (48, 32) and image.getpixel((9, 9)) == pytest.approx((1, 200, 3), abs=5)
+
+
+def test_matches_where_the_method_has_any(cfg, tmp_path):
+    write_pretraining(tmp_path)
+    assert "What it is told is the same" not in read(write_report(cfg))
+    Image.new("RGB", (40, 32), (200, 1, 3)).save(tmp_path / "pretrain" / "matches.png")
+    page = read(write_report(cfg))
+    views, matches = page.index("What the network sees"), page.index("What it is told is the same")
+    assert views < matches < page.index("Hand-off") and page.count("<img ") == 5
+    content = re.search(r"what is the same[^>]*base64,([^\"]*)", page)
+    image = Image.open(io.BytesIO(base64.b64decode(content[1])))
+    assert image.size == (40, 32) and image.getpixel((9, 9)) == pytest.approx((200, 1, 3), abs=5)
 
 
 def test_without_pretraining(demo_root, tmp_path):

@@ -35,8 +35,11 @@ class Combined(PretextMethod):
     @classmethod
     def from_config(cls, cfg, trunk):
         members = cls.members or cfg.SSL.METHODS
-        if not members:
-            raise D2SSLError('SSL.METHODS is empty; write [["SoCo", 1.0], ["Colorization", 0.1]]')
+        names = [name for name, _ in members]
+        if len(set(names)) < len(names) or any(weight <= 0 for _, weight in members):
+            raise D2SSLError(
+                f"SSL.METHODS {cfg.SSL.METHODS}: name each method once, with a weight above 0"
+            )
         methods = [PRETEXT_REGISTRY.get(name)(cfg, trunk) for name, _ in members]
         return {"methods": methods, "weights": [float(weight) for _, weight in members]}
 

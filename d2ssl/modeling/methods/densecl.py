@@ -34,7 +34,7 @@ class DenseMoCo(MoCo):
 
     def enqueued(self, key, view):
         member = F.one_hot(self.units.lattice(view).level).to(key.dtype)  # R x levels
-        means = torch.einsum("rl,nrd->nld", member, F.normalize(key, dim=-1))
+        means = torch.einsum("rl,nrd->nld", member, key)  # up to their length
         return means, torch.ones(means.shape[:2], dtype=torch.bool, device=key.device)
 
 

@@ -7,10 +7,16 @@ from d2ssl.modeling.units import Cells
 
 @PRETEXT_REGISTRY.register()
 class PLSiam(SimSiam):
-    """PLMoCo's pairs without negatives: a cell predicts the cells that lie where it does.
+    """PLMoCo's pairs without negatives: a cell and the cell of the other view nearest to it in the
+    photo predict each other.
 
     Pairs by distance as in PixPro (Xie et al., CVPR 2021, eq. 1), no twin as in SimSiam (Chen and
     He, CVPR 2021).
     """
 
     kind = Cells
+
+    @classmethod
+    def from_config(cls, cfg, trunk):
+        units = Cells.from_config(cfg, trunk, nearest=True)
+        return {**super().from_config(cfg, trunk), "units": units}

@@ -21,7 +21,7 @@ class SimSiam(BYOL):
     def __init__(self, *, hidden_dim, out_dim, **kwargs):
         PretextMethod.__init__(self, **kwargs)  # BYOL's heads are not wanted
         self.projector = SimSiamProjectionHead(self.units.dim, hidden_dim, out_dim)
-        self.predictor = SimSiamPredictionHead(out_dim, max(1, hidden_dim // 4), out_dim)
+        self.predictor = SimSiamPredictionHead(out_dim, max(1, out_dim // 4), out_dim)
         self.loss_range = (-1.0, 1.0)
 
     @classmethod

@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+
+from tests.modeling.conftest import assert_learns
+from tests.modeling.test_moco import moco_loss
+from tests.modeling.written_out import (
+    GRID,
+    PLAIN,
+    cell_pairs,
+    cell_rows,
+    info_nce,
+    maps_of,
+    mean_of,
+    out_of_sight,
+    through,
+    unit,
+)
+
+KEYS = ["SSL.QUEUE.KEYS_PER_PHOTO", "4"]
+
+
+def plmoco_loss(model, method, batch, queue, size, temperature):
+    """A cell, the one nearest to it, and as negatives what lies elsewhere in the photo and the
+    queue's cells of other photos; ``queue``, a list of (photo, key), is moved on."""
+    query = unit(through(method.projector, cell_rows(maps_of(model, batch, 0))))
+    key = unit(through(method.projector_twin, cell_rows(maps_of(model, batch, 1, True))))
+    photos = [item["index"] for item in batch]
+    spaced = [(p, k[r]) for p, k in zip(photos, key) for r in (0, 17, 34, 51)]
+    queue[:] = [*queue, *spaced][-4 * size :]
+    losses = []
+    for q, k, item in zip(query, key, batch):
+        others = [old for photo, old in queue if photo != item["index"]]
+        same, apart = cell_pairs(item, nearest=True)
+        losses.append(mean_of([
+            info_nce(q[i], k[same[i]], [*k[apart[i]], *others], temperature)
+            for i in range(52) if same[i].any()
+        ]))  # fmt: skip
+    return np.mean(losses)
+
+
+def test_loss_equals_the_definition_written_out(model_and_batch):
+    """Two batches; one photo is there twice, and one photo's views have no place in common."""
+    model, first = model_and_batch("PLMoCo", *GRID, *KEYS, "SSL.QUEUE.SIZE", "6")
+    first[3]["index"] = first[0]["index"]
+    second = [*first[1:], out_of_sight(first[0])]
+    queue = []
+    for batch in (first, second):
+        expected = plmoco_loss(model, model.method, batch, queue, size=6, temperature=0.2)
+        assert model(batch)["loss_contrast"].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_only_the_nearest_is_positive(model_and_batch):
+    model, batch = model_and_batch("PLMoCo", *GRID)
+    near = [cell_pairs(item) for item in batch]
+    same, _ = model.method.compare(*model.see(batch))
+    assert same.sum(2).max() == 1 and max(s.sum(1).max() for s, _ in near) > 1
+    assert (same.any(2).numpy() == [s.any(1) for s, _ in near]).all()
+
+
+def test_plus_is_the_mean_of_both(model_and_batch):
+    model, batch = model_and_batch("PLMoCoPlus", *GRID, *KEYS)
+    whole, cells = model.method.methods
+    expected = [
+        moco_loss(model, whole, batch, [], size=4, temperature=0.2) / 2,
+        plmoco_loss(model, cells, batch, [], size=4, temperature=0.2) / 2,
+    ]
+    assert [v.item() for v in model(batch).values()] == pytest.approx(expected, abs=1e-4)
+
+
+def test_learns(train):
+    assert_learns(*train("PLMoCo", *GRID, *PLAIN), fall=0.3)
