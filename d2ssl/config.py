@@ -32,7 +32,7 @@ def add_ssl_config(cfg: CN) -> None:
     ssl = cfg.SSL
     ssl.ENABLED = True  # False: plain fine-tuning from MODEL.WEIGHTS
     ssl.METHOD = "SoCo"  # a registered pretext method, see configs/methods/
-    ssl.METHODS = []  # several at once instead: [["SoCo", 1.0], ["Colorization", 0.1]], with weights
+    ssl.METHODS = []  # several at once instead: [["SoCo", 1.0], ["Colorization", 5.0]], with weights
     ssl.DATASETS = ()  # photos to pretrain on; their annotations are never read
     ssl.REGISTER = ()  # "my_module:my_function", called before any data set is looked up
     ssl.TRAIN = ["bottom_up", "fpn", "box_head"]  # what learns; the rest keeps its weights
@@ -217,7 +217,7 @@ def _check(cfg: CN) -> None:
         )
     require(
         all(isinstance(m, (list, tuple)) and list(map(type, m)) in PAIR for m in ssl.METHODS),
-        f'SSL.METHODS {ssl.METHODS}: write pairs, [["SoCo", 1.0], ["Colorization", 0.1]]',
+        f'SSL.METHODS {ssl.METHODS}: write pairs, [["SoCo", 1.0], ["Colorization", 5.0]]',
     )
     one_of("SSL.REGIONS.SOURCE", ssl.REGIONS.SOURCE, ("superpixels", "kmeans", "grid"))
     one_of("SSL.COLORIZATION.TARGET", ssl.COLORIZATION.TARGET, ("ab", "rgb"))
@@ -321,7 +321,7 @@ def stock_cfg(cfg: CN) -> CN:
 
 
 def method_title(cfg: CN) -> str:
-    """The pretext method in words: ``SoCo``, or ``1.0 SoCo + 0.1 Colorization``."""
+    """The pretext method in words: ``SoCo``, or ``1.0 SoCo + 5.0 Colorization``."""
     return " + ".join(f"{weight} {name}" for name, weight in cfg.SSL.METHODS) or cfg.SSL.METHOD
 
 

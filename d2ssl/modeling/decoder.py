@@ -42,8 +42,8 @@ class Decoder(nn.Module):
             common_stride=STRIDE,
             norm="BN",
         )
-        # A start in the middle of the range, where the sigmoid is steep; and alike for the pixels of
-        # a cell, or their pattern shows for long (Aitken et al., 2017).
+        # A start in the middle of the range, where the sigmoid is steep; and alike for all pixels
+        # of a cell, or their pattern shows for long (Aitken et al., 2017).
         weight = torch.randn(channels, conv_dim, 1, 1).mul_(0.01)
         self.branch.predictor.weight.data = weight.repeat_interleave(STRIDE**2, dim=0)
 

@@ -284,7 +284,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tool, soco, tmp_path, capsys, arg
         args = [str(tmp_path / "absent.yaml")]
     files = [] if args[0].endswith(".yaml") else [soco]
     with pytest.raises(SystemExit) as stopped:
-        tool.run([*files, "--output", str(tmp_path / "out"), *OPTS, *args])
+        given = ["--output", str(tmp_path / "out"), "--views", str(STEP), *OPTS]
+        tool.run([*files, *given, *args])
     errors = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error: ")]
     assert stopped.value.code == 2
     assert len(errors) == 1 and message in errors[0]
