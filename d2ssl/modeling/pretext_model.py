@@ -19,7 +19,7 @@ class Encoding:
     """What a trunk makes of images; computed when first asked for, and once.
 
     Args:
-        learns: False for a momentum twin, through which no gradient flows.
+        learns: whether gradients flow; not through a momentum twin.
     """
 
     def __init__(self, trunk: Trunk, images: torch.Tensor, learns: bool):
@@ -28,12 +28,12 @@ class Encoding:
     @functools.cached_property
     def pyramid(self) -> Dict[str, torch.Tensor]:
         """{"res2": N x C x H/4 x W/4, ..., "p2": N x 256 x H/4 x W/4, ...}."""
-        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.learns):
             return self.trunk(self.images)
 
     def box_features(self, boxes: torch.Tensor) -> torch.Tensor:
         """N x R x 4 boxes (XYXY in pixels of the view) -> N x R x box head's width."""
-        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.learns):
             return self.trunk.box_features(self.pyramid, list(boxes)).unflatten(0, boxes.shape[:2])
 
 
@@ -53,6 +53,8 @@ class ViewBatch:
 
     def __init__(self, model: "PretextModel", batched_inputs: List[dict], index: int):
         self.model = model
+        # Not what holds when a method first asks: another may need the gradient of the same.
+        self._learns = torch.is_grad_enabled()
         device = model.pixel_mean.device
 
         def stack(rows) -> torch.Tensor:
@@ -97,7 +99,7 @@ class ViewBatch:
 
     def encode(self, pixels: torch.Tensor) -> Encoding:
         """Another picture, N x 3 x S x S in 0..255, through the trunk that learns."""
-        return Encoding(self.model.trunk, self.model.normalize(pixels), learns=True)
+        return Encoding(self.model.trunk, self.model.normalize(pixels), self._learns)
 
 
 def _in_pair(ids: torch.Tensor, pair: int) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Keys of earlier batches, as negatives (MoCo, He et al., CVPR 2020, sec. 3.2)."""
 
 import torch
-from d2ssl.modeling.gather import gather_rows
 from torch import nn
+
+from d2ssl.modeling.gather import gather_rows
 
 
 class KeyQueue(nn.Module):

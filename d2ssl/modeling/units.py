@@ -96,8 +96,8 @@ class Cells(LevelUnits):
             share of the larger of their two diagonals (PixPro, Xie et al., CVPR 2021, eq. 1).
         nearest: of those, only the nearest is the same.
 
-    Cells of other levels, and those of the same level whose centres lie further apart than a
-    diagonal, are different.
+    Cells of the same level whose centres lie further apart than a diagonal are different, and so
+    are those of other levels, wherever they lie: each level answers for objects of its own size.
     """
 
     def __init__(self, channels, grid: int, radius: float, nearest: bool = False):

@@ -69,7 +69,7 @@ class PutPictures(HookBase):
             batch = [stream[position] for position in range(min(num_photos, len(stream.dicts)))]
             with inference_context(model), torch.no_grad():
                 a, b = (model.see(batch)[index] for index in pair)
-                same, _ = getattr(method, "compare", method.units.compare)(a, b)
+                same, _ = method.compare(a, b)
             captions = [_view_caption(index, stream.mapper.views[index]) for index in pair]
             names = [item["image_id"] for item in batch]
             image_format = stream.mapper.image_format

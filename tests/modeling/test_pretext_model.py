@@ -72,6 +72,16 @@ def test_no_graph_where_none_is_wanted(model_and_batch):
         assert not model.see(batch)[0].online.pyramid["p2"].requires_grad
 
 
+def test_who_asks_first_does_not_decide_on_gradients(model_and_batch):
+    """A method that only looks at features must not take the gradient from one that learns."""
+    model, batch = model_and_batch("SoCo")
+    view = model.see(batch)[0]
+    with torch.no_grad():
+        pyramid = view.online.pyramid
+    assert pyramid["p2"].requires_grad
+    assert view.online.box_features(view.boxes).requires_grad
+
+
 def test_pyramid_and_box_features_are_the_trunks(model_and_batch):
     model, batch = model_and_batch("SoCo")
     model.eval()

@@ -9,7 +9,7 @@ from torch import nn
 
 from d2ssl.data.views import View
 from d2ssl.errors import D2SSLError
-from d2ssl.modeling.units import Units, WholeImage
+from d2ssl.modeling.units import Comparison, Units, WholeImage
 
 PRETEXT_REGISTRY = Registry("PRETEXT")
 PRETEXT_REGISTRY.__doc__ = "Pretext methods, by the names that SSL.METHOD and SSL.METHODS take."
@@ -87,6 +87,10 @@ class PretextMethod(nn.Module):
     def twins(self) -> List[Tuple[nn.Module, nn.Module]]:
         """Pairs (head that learns, its momentum twin)."""
         return [(getattr(self, a), getattr(self, b)) for a, b in self._twins.items()]
+
+    def compare(self, a, b) -> Comparison:
+        """Which rows of two views are the same, and which different: N x R x R bool each."""
+        return self.units.compare(a, b)
 
     def online_rows(self, view) -> torch.Tensor:
         """Projected rows of a view, with gradient: N x R x D."""

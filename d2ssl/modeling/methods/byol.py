@@ -41,7 +41,7 @@ class BYOL(PretextMethod):
         self.embedding = rows[-1].detach().flatten(0, 1)
         losses = {}
         for a, b in self.view_pairs:
-            same, different = self.units.compare(views[a], views[b])
+            same, different = self.compare(views[a], views[b])
             there = self.contrast(queries[a], keys[b], same, different)
             back = self.contrast(queries[b], keys[a], same.mT, different.mT)
             losses[f"loss_v{a + 1}_v{b + 1}"] = there + back

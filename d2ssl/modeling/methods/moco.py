@@ -64,10 +64,6 @@ class MoCo(PretextMethod):
         loss = info_nce_loss(similarity, positive, negative, self.temperature)
         return {"loss_contrast": loss}
 
-    def compare(self, a, b):
-        """Which rows of the two views are the same, and which different: N x R x R bool each."""
-        return self.units.compare(a, b)
-
     def enqueued(self, key, view):
         """What of a view's keys (N x R x D) enters the queue, N x keys_per_photo x D, and which of
         it is there, N x keys_per_photo bool: here evenly spaced rows."""

@@ -37,7 +37,7 @@ class SimCLR(PretextMethod):
         a, b = views[:2]
         rows = torch.cat([self.online_rows(a), self.online_rows(b)], dim=1)  # N x 2R x D
         self.embedding = rows.detach().flatten(0, 1)
-        same, different = self._compare(a, b)  # N x 2R x 2R
+        same, different = self._compare_both(a, b)  # N x 2R x 2R
         present = torch.cat([self.units.present(v).expand(len(rows), same.shape[1] // 2)
                              for v in (a, b)], dim=1)  # N x 2R  # fmt: skip
 
@@ -50,12 +50,12 @@ class SimCLR(PretextMethod):
         loss = info_nce_loss(similarity, positive.flatten(2), negative.flatten(2), self.temperature)
         return {"loss_contrast": loss}
 
-    def _compare(self, a, b):
+    def _compare_both(self, a, b):
         """Rows of both views with rows of both views; within one view none are the same."""
-        same, different = self.units.compare(a, b)
+        same, different = self.compare(a, b)
         none = torch.zeros_like(same)
         same = torch.cat([torch.cat([none, same], 2), torch.cat([same.mT, none], 2)], 1)
-        within = [self.units.compare(v, v)[1] for v in (a, b)]
+        within = [self.compare(v, v)[1] for v in (a, b)]
         different = torch.cat(
             [torch.cat([within[0], different], 2), torch.cat([different.mT, within[1]], 2)], 1
         )
