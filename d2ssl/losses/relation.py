@@ -1,12 +1,12 @@
-"""How matched rows differ between two views, compared across a photo."""
+"""How the rows of a photo differ from each other, compared between two views."""
 
 import torch
 from torch.nn import functional as F
 
 from d2ssl.losses.precision import in_fp32
 
-# Views that agree have a difference without a direction. Below this length (rows have length 1) it
-# counts in proportion instead of in full, so that the gradient of a row stays finite.
+# Two rows that are equal differ in no direction. Below this length (rows have length 1) a
+# difference counts in proportion instead of in full, so that its gradient stays finite.
 SHORT = 1e-3
 
 
@@ -14,29 +14,40 @@ SHORT = 1e-3
 def difference_alignment_loss(
     query: torch.Tensor, key: torch.Tensor, match: torch.Tensor
 ) -> torch.Tensor:
-    """Negative cosine between the differences of a photo's matched rows.
+    """Negative cosine of the difference of two rows with the difference of their matches.
 
-    Relational pretraining (PRCL), an unpublished relative of SimSiam on patches: what a patch's
-    feature has in one view and not in the other comes from augmentation and context, which the
-    whole view shares, so all patches' differences should point the same way.
+    Relational pretraining (PRCL): the way from one place of a photo to another is to have the same
+    direction in both views. Rows that are all the same have no way between them, so collapse
+    gains nothing.
 
     Args:
         query: N x K x D; need not be normalised.
         key: N x L x D, targets; no gradient flows into them.
         match: N x K x L bool, which row of ``query`` shows what row of ``key`` shows.
     Returns:
-        scalar: a matched row's difference is its unit vector minus the mean of its matches' unit
-        vectors; minus the cosine of two of them, averaged over the n (n - 1) ordered pairs of a
-        photo's n matched rows, then over photos. In [-1, 1 / (n - 1)], so never above 1: -1 where
-        all differences are parallel, the upper end where they cancel. A photo with n < 2 counts as
-        0 and gets no gradient.
+        scalar in [-1, 1]: rows are brought to length 1 and a row's target is the mean of its
+        matches; minus the cosine of query_i - query_j with target_i - target_j, averaged over the
+        n (n - 1) ordered pairs of a photo's n matched rows, then over photos. -1 where all are
+        parallel. Two rows with equal targets count as 0, and so does a photo with n < 2; neither
+        gets a gradient.
     """
     query = F.normalize(query, dim=-1)  # N x K x D
     key = F.normalize(key.detach(), dim=-1)  # N x L x D
     target = match.to(key.dtype) @ key / match.sum(-1, keepdim=True).clamp(min=1)  # N x K x D
-    matched = match.any(-1)  # N x K
-    unit = F.normalize(query - target, dim=-1, eps=SHORT) * matched[..., None]
-    # The square of the sum holds every pair's cosine, and each row's with itself.
-    cosines = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))  # N
+    # All pairs by their products: the N x K x K x D differences themselves would be gigabytes.
+    lengths = _products(query, query).clamp(min=SHORT**2) * _products(target, target).clamp(
+        min=SHORT**2
+    )
+    cosine = _products(query, target) * lengths.rsqrt()  # N x K x K
+    matched = match.any(-1).to(cosine.dtype)  # N x K; a row's difference from itself is 0
     n = matched.sum(-1)
-    return -(cosines / (n * (n - 1)).clamp(min=1)).mean()
+    return -(
+        torch.einsum("nij,ni,nj->n", cosine, matched, matched) / (n * (n - 1)).clamp(min=1)
+    ).mean()
+
+
+def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(a_i - a_j) . (b_i - b_j) of N x K x D rows: N x K x K."""
+    products = a @ b.mT
+    own = products.diagonal(dim1=1, dim2=2)
+    return own[:, :, None] + own[:, None] - products - products.mT

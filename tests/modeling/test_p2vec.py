@@ -108,6 +108,9 @@ def test_a_context_holds_the_neighbours_and_not_the_cell(dtype):
             around[y, x] = 0
             torch.testing.assert_close(slopes[y, x], around / around.sum(), **tolerance)
             assert slopes[y, x, y, x].abs() < tolerance["atol"]
+    alone = torch.zeros(16)
+    alone[5] = 1000.3  # nor by what rounding leaves of it
+    assert context(alone)[5] == 0
 
 
 def test_a_lone_cell_has_no_context(model_and_batch):

@@ -27,28 +27,25 @@ def test_loss_equals_the_definition_written_out(model_and_batch):
     for query, key, a, b in ((queries[0], keys[1], 0, 1), (queries[1], keys[0], 1, 0)):
         for n, item in enumerate(batch):
             same, _ = matches(item["windows"][a], item["windows"][b], ("p3", "p4"))
-            differences = [
-                query[n, i] - key[n, same[i]].mean(0) for i in np.flatnonzero(same.any(1))
-            ]
+            rows = [(query[n, i], key[n, same[i]].mean(0)) for i in np.flatnonzero(same.any(1))]
             cosines = [
-                d @ e / np.linalg.norm(d) / np.linalg.norm(e)
-                for i, d in enumerate(differences)
-                for j, e in enumerate(differences)
-                if i != j
+                (q - p) @ (k - t) / max(np.linalg.norm(q - p) * np.linalg.norm(k - t), 1e-9)
+                for i, (q, k) in enumerate(rows)
+                for j, (p, t) in enumerate(rows)
+                if i != j  # two with the same match differ in no direction, and count 0
             ]
             expected -= np.mean(cosines) / len(batch)
     assert loss == pytest.approx(expected, abs=1e-4)
 
 
-def test_constants_meet_the_loss_and_the_collapse_meter_sees_it(model_and_batch):
-    """The loss alone does not keep embeddings apart, so somebody has to watch."""
+def test_collapse_gains_nothing_and_the_meter_sees_it(model_and_batch):
     model, batch = model_and_batch("PRCL")
     for head, value in ((model.method.projector, 1.0), (model.method.projector_twin, -1.0)):
         torch.nn.init.zeros_(head.layers[-1].weight)
         torch.nn.init.constant_(head.layers[-1].bias, value)
-    assert model(batch)["loss_v1_v2"].item() == pytest.approx(-2, abs=1e-4)
+    assert model(batch)["loss_v1_v2"].item() == pytest.approx(0, abs=1e-2)
     assert spread(model.method.embedding) == pytest.approx(0, abs=1e-4)
 
 
 def test_learns(train):
-    assert_learns(*train("PRCL"), fall=0.6, spread=0.2)
+    assert_learns(*train("PRCL"), fall=0.15)

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.modeling.conftest import assert_learns
-from tests.modeling.written_out import maps_of, numbers, photo_rows, through, unit
+from tests.modeling.written_out import PLAIN, maps_of, numbers, photo_rows, through, unit
 
 
 def outputs(model, batch):
@@ -47,4 +47,4 @@ def test_the_predictor_is_a_bottleneck(model_and_batch):
 
 
 def test_learns(train):
-    assert_learns(*train("SimSiam"), fall=0.08)
+    assert_learns(*train("SimSiam", *PLAIN), fall=0.1)

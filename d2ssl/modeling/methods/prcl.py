@@ -11,10 +11,11 @@ from d2ssl.modeling.units import Cells
 
 @PRETEXT_REGISTRY.register()
 class PRCL(BYOL):
-    """Two cells at one place of the photo differ by augmentation and context alone: over a photo,
-    all such differences are to have one direction.
+    """The difference of two cells is to point where the difference of the same two places points
+    in the other view's momentum encoding.
 
-    Where PLSiam lets a predictor model the difference, here the difference itself is confined.
+    Where PLSiam compares places one by one, here only their relations count: what the whole view
+    shares, such as its colours, may shift all rows alike.
     """
 
     kind = Cells
