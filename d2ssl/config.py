@@ -7,6 +7,7 @@ stage runs with, so that the network, colour order, mean, std and stride are the
 
 import contextlib
 import difflib
+import math
 import os
 import re
 
@@ -19,9 +20,12 @@ from d2ssl.errors import D2SSLError
 
 PRETRAIN_PARTS = ("bottom_up", "fpn", "box_head")
 AUTO = "auto"  # a value that d2ssl.engine.auto takes from the size of the data set
-AUTO_KEYS = (
-    "SSL.SOLVER.IMS_PER_BATCH", "SSL.SOLVER.BASE_LR", "SSL.MOMENTUM", "SSL.QUEUE.SIZE",
-)  # fmt: skip
+AUTO_KEYS = {  # and what else they may be
+    "SSL.SOLVER.IMS_PER_BATCH": "a whole number above 0",
+    "SSL.SOLVER.BASE_LR": "a number above 0",
+    "SSL.MOMENTUM": "a number above 0 and up to 1",
+    "SSL.QUEUE.SIZE": "a whole number above 0",
+}
 PAIR = ([str, float], [str, int])  # an entry of SSL.METHODS
 BATCH_NORMS = ("FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN")
 
@@ -210,11 +214,13 @@ def _check(cfg: CN) -> None:
         require(value in choices, f"{key} {value}: choose from {', '.join(map(str, choices))}")
 
     for key in AUTO_KEYS:
-        value = get_key(cfg, key)
-        require(
-            value == AUTO or isinstance(value, (int, float)) and value > 0,
-            f'{key} {value}: give a number above 0, or "auto"',
-        )
+        value, what = get_key(cfg, key), AUTO_KEYS[key]
+        fits = {
+            "a whole number above 0": type(value) is int and value > 0,
+            "a number above 0": type(value) in (int, float) and 0 < value < math.inf,
+            "a number above 0 and up to 1": type(value) in (int, float) and 0 < value <= 1,
+        }
+        require(value == AUTO or fits[what], f'{key} {value}: give {what}, or "auto"')
     require(
         all(isinstance(m, (list, tuple)) and list(map(type, m)) in PAIR for m in ssl.METHODS),
         f'SSL.METHODS {ssl.METHODS}: write pairs, [["SoCo", 1.0], ["Colorization", 5.0]]',

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS, TINY
+from tests.conftest import CONFIGS, TINY
 
 REPO = Path(__file__).resolve().parents[1]
 

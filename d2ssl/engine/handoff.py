@@ -148,7 +148,7 @@ def _earlier_methods(weights: str) -> List[str]:
     if not weights.endswith(".pth"):
         return []
     path = PathManager.get_local_path(weights)
-    record = torch.load(path, map_location="cpu", weights_only=False, mmap=True).get("d2ssl")
+    record = torch.load(path, map_location="cpu", weights_only=False).get("d2ssl")
     return [*record.get("after", []), record["method"]] if record else []
 
 

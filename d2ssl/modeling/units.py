@@ -189,8 +189,12 @@ class Regions(LevelUnits):
 
     def rows(self, encoding, view):
         means = []
-        for level, share in zip(self.levels, self._shares(view)):
+        for level, mask in zip(self.levels, self._masks(view)):
             cells = encoding.pyramid[level].flatten(2).transpose(1, 2)  # N x cells x C
+            # The whole view stands in for an absent region: zeros would count in the batch
+            # statistics of a head, and would look to the collapse meter like something else.
+            mask = mask | ~mask.any(2, keepdim=True)
+            share = mask / mask.sum(2, keepdim=True)
             means.append(share.to(cells.dtype) @ cells)  # N x num x C
         return torch.cat(means, dim=1)
 
@@ -204,19 +208,18 @@ class Regions(LevelUnits):
 
     def present(self, view) -> torch.Tensor:
         """N x (levels * num) bool: which regions have a cell in the view."""
-        return torch.cat([share.sum(2) > 0 for share in self._shares(view)], dim=1)
+        return torch.cat([mask.any(2) for mask in self._masks(view)], dim=1)
 
-    def _shares(self, view) -> List[torch.Tensor]:
-        """For each level N x num x cells: the weight of each cell in a region's mean."""
-        shares = []
+    def _masks(self, view) -> List[torch.Tensor]:
+        """For each level N x num x cells bool: which cells are of which region."""
+        masks = []
         for level in self.levels:
             side = view.pixels.shape[-1] >> int(level[-1])
             labels = F.interpolate(
                 view.regions[:, None].float(), (side, side), mode="nearest-exact"
             )
-            mask = F.one_hot(labels.flatten(1).long(), self.num).transpose(1, 2).float()
-            shares.append(mask / mask.sum(2, keepdim=True).clamp(min=1))
-        return shares
+            masks.append(F.one_hot(labels.flatten(1).long(), self.num).transpose(1, 2).bool())
+        return masks
 
 
 class Boxes(Units):

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -107,8 +108,16 @@ def test_auto_and_numbers_replace_one_another(tmp_path, key, number):
     assert load(number) == load("auto", key, str(number)) == load(1, key, str(number)) == number
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "'fast'", "[4]"])
-@pytest.mark.parametrize("key", AUTO_KEYS)
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *itertools.product(AUTO_KEYS, ["0", "-1", "'fast'", "[4]", "True", "float('nan')"]),
+        ("SSL.SOLVER.IMS_PER_BATCH", "16.0"),
+        ("SSL.QUEUE.SIZE", "2.5"),
+        ("SSL.MOMENTUM", "1.01"),
+        ("SSL.SOLVER.BASE_LR", "1e999"),
+    ],
+)
 def test_anything_else_is_refused(key, value):
     with pytest.raises(D2SSLError, match=key) as error:
         load_cfg(opts=[*PHOTOS, key, value])

@@ -43,7 +43,7 @@ assert not any(m.startswith("d2ssl.") for m in sys.modules)
 @pytest.fixture(scope="module")
 def handed_off(demo_root, tmp_path_factory):
     """A pretraining run, handed off: (config, content of model_pretrained.pth)."""
-    from conftest import CONFIGS, TINY
+    from tests.conftest import CONFIGS, TINY
 
     from d2ssl.config import load_cfg
     from d2ssl.data.datasets import register_balloon
@@ -137,6 +137,9 @@ def test_one_method_after_another(handed_off, tiny_cfg, tmp_path):
 
 
 def test_other_weights_have_nothing_before_them(tmp_path):
-    plain = tmp_path / "weights.pth"
-    torch.save({"model": {}}, plain)
-    assert [_earlier_methods(w) for w in ("", "detectron2://R-50.pkl", str(plain))] == [[]] * 3
+    files = {name: str(tmp_path / f"{name}.pth") for name in ("plain", "old", "bare")}
+    torch.save({"model": {}}, files["plain"])
+    torch.save({"model": {}}, files["old"], _use_new_zipfile_serialization=False)
+    torch.save({"conv1.weight": torch.zeros(1)}, files["bare"])
+    for weights in ("", "detectron2://R-50.pkl", *files.values()):
+        assert _earlier_methods(weights) == []

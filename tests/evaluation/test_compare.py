@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS, TINY
+from tests.conftest import CONFIGS, TINY
 
 from d2ssl.errors import D2SSLError
 from d2ssl.evaluation import compare, retrieval

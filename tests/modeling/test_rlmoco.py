@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from d2ssl.engine.hooks import spread
 from tests.modeling.conftest import assert_learns
 
 LEVELS, NUM, TEMPERATURE = ("p2", "p3", "p4", "p5"), 16, 0.2
@@ -10,7 +11,7 @@ LEVELS, NUM, TEMPERATURE = ("p2", "p3", "p4", "p5"), 16, 0.2
 
 def region_means(pyramid, regions):
     """Loops over photos, levels, labels and cells: N x 64 x C means, and N x 64, which regions the
-    view shows."""
+    view shows. The mean over all cells stands for the others: a head's batch statistics see it."""
     count, side = len(regions), regions.shape[1]
     means = np.zeros((count, len(LEVELS), NUM, pyramid["p2"].shape[1]))
     shown = np.zeros(means.shape[:3], dtype=bool)
@@ -26,8 +27,8 @@ def region_means(pyramid, regions):
                     for x in range(size)
                     if regions[n, centre[y], centre[x]] == label
                 ]
-                if inside:
-                    means[n, i, label], shown[n, i, label] = np.mean(inside, axis=0), True
+                shown[n, i, label] = bool(inside)
+                means[n, i, label] = np.mean(inside, axis=0) if inside else cells.mean((1, 2))
     rows = len(LEVELS) * NUM
     return means.reshape(count, rows, -1), shown.reshape(count, rows)
 
@@ -116,6 +117,16 @@ def test_regions_that_a_view_does_not_show_take_no_part(model_and_batch):
     ]  # fmt: skip
     logits = torch.stack([positive, rival, *torch.tensor(others).T], dim=1) / TEMPERATURE
     torch.testing.assert_close(loss, -logits.log_softmax(1)[:, 0].mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_collapse_meter_is_not_misled_by_regions_that_are_absent(model_and_batch):
+    """All cells of a level alike: so are all regions, and none differs for not being there."""
+    model, batch = model_and_batch("RLMoCo", "SSL.LEVELS", "['p5']")
+    norm = model.trunk.backbone.fpn_output5.norm
+    torch.nn.init.zeros_(norm.weight), torch.nn.init.normal_(norm.bias)
+    model(batch)
+    assert not model.method.units.present(model.see(batch)[0]).all()
+    assert spread(model.method.embedding) < 0.01
 
 
 def test_learns(train):
