@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.conftest import CONFIGS, TINY
 
 REPO = Path(__file__).resolve().parents[1]

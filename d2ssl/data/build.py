@@ -83,30 +83,36 @@ def build_pretrain_loader(cfg, views, view_pairs, needs: FrozenSet[str]) -> Stre
     """
     dicts = load_dicts(cfg.DATASETS.TRAIN)
     store = _store(cfg, dicts, photo_side(views))
-    cores = max(1, os.cpu_count() or 1)
     if "boxes" in needs:
-        proposals = cfg.SSL.PROPOSALS
-        dicts = _first_process_first(
-            lambda: attach_proposals(
-                dicts,
-                proposals.SOURCE,
-                read_photo,
-                cache_dir(cfg),
-                num_workers=cores,
-                min_scale=proposals.MIN_SCALE,
-                max_scale=proposals.MAX_SCALE,
-                max_aspect=proposals.MAX_ASPECT,
-            )
-        )
+        dicts = _first_process_first(lambda: with_proposals(cfg, dicts))
     if "regions" in needs:
         regions = cfg.SSL.REGIONS
         # Cheap enough for every process to find them for itself, at the same time.
-        workers = max(1, cores // comm.get_world_size())
+        workers = max(1, _cores() // comm.get_world_size())
         dicts = attach_regions(dicts, regions.SOURCE, regions.NUM, read_photo, workers)
     dicts = [{k: v for k, v in d.items() if k != "annotations"} for d in dicts]
     mapper = PretextMapper(cfg, store.get, views, view_pairs, needs)
     solver, workers = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS
     return StreamLoader(dicts, mapper, solver.IMS_PER_BATCH, cfg.SEED, workers)
+
+
+def with_proposals(cfg, dicts: List[dict]) -> List[dict]:
+    """Dataset dicts with the boxes that ``SSL.PROPOSALS`` asks for."""
+    proposals = cfg.SSL.PROPOSALS
+    return attach_proposals(
+        dicts,
+        proposals.SOURCE,
+        read_photo,
+        cache_dir(cfg),
+        num_workers=_cores(),
+        min_scale=proposals.MIN_SCALE,
+        max_scale=proposals.MAX_SCALE,
+        max_aspect=proposals.MAX_ASPECT,
+    )
+
+
+def _cores() -> int:
+    return max(1, os.cpu_count() or 1)
 
 
 def build_finetune_loader(cfg) -> StreamLoader:

@@ -177,10 +177,8 @@ class ValidationLoss(HookBase):
         for norm in norms:
             norm.eval()
         totals: Dict[str, List[float]] = {}
-        with (
-            torch.random.fork_rng(devices=[]),
-            EventStorage(0),
-        ):  # its own storage: the heads log scalars
+        # Its own storage: the heads log scalars.
+        with torch.random.fork_rng(devices=[]), EventStorage(0):
             torch.manual_seed(self.seed)  # the same anchors are sampled each time
             for batch in self.batches:
                 losses = self.model(batch)

@@ -18,11 +18,10 @@ from detectron2.structures import Boxes
 from torch.nn.functional import normalize
 from torchvision.ops import nms, roi_align
 
-from d2ssl.data.build import cache_dir, load_dicts
+from d2ssl.data.build import load_dicts, with_proposals
 from d2ssl.data.loader import random_state
 from d2ssl.data.mapper import to_tensor
-from d2ssl.data.photos import PhotoStore, read_photo
-from d2ssl.data.proposals import attach_proposals
+from d2ssl.data.photos import PhotoStore
 from d2ssl.data.views import View, draw_view, paired_boxes, photo_side
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling import norm
@@ -110,7 +109,7 @@ class BoxRetrieval:
         self._store = PhotoStore(photo_side([self._view]))
 
         training = load_dicts(cfg.SSL.DATASETS)
-        photos = self._with_boxes(_spread(load_dicts(heldout), MAX_PHOTOS))
+        photos = with_proposals(cfg, _spread(load_dicts(heldout), MAX_PHOTOS))
         _refuse_trained_on(photos, training)
         self._store.preload(photo["file_name"] for photo in photos)
         self.draws = [
@@ -128,19 +127,6 @@ class BoxRetrieval:
         self.chance = statistics.fmean(1 / count for count in counts)
         training = _spread(training, cfg.SSL.CALIBRATION_PHOTOS)
         self._training = torch.stack([self._draw(d, 0, i)[0][0] for i, d in enumerate(training)])
-
-    def _with_boxes(self, dicts: List[dict]) -> List[dict]:
-        proposals = self._cfg.SSL.PROPOSALS
-        return attach_proposals(
-            dicts,
-            proposals.SOURCE,
-            read_photo,
-            cache_dir(self._cfg),
-            num_workers=max(1, os.cpu_count() or 1),
-            min_scale=proposals.MIN_SCALE,
-            max_scale=proposals.MAX_SCALE,
-            max_aspect=proposals.MAX_ASPECT,
-        )
 
     def _draw(self, photo: dict, *key: int) -> Tuple[Pair, Pair]:
         """Two views (3 x S x S uint8) and K x 4 boxes in each; K is 0 without proposals."""

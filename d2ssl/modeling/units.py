@@ -235,10 +235,6 @@ class Boxes(Units):
     def from_config(cls, cfg, trunk):
         return cls(trunk.box_dim)
 
-    @classmethod
-    def count(cls, cfg):
-        return cfg.SSL.SOCO.NUM_BOXES
-
     def rows(self, encoding, view):
         return encoding.box_features(view.boxes)
 

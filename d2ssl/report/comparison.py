@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from d2ssl.atomic import atomic_open
-from d2ssl.report.plots import BLUE, GREY
+from d2ssl.report.plots import BLUE, GREY, STYLE
 
 COLUMNS = (
     "method", "loss", "top-1 (%)", "start (%)", "gain (points)", "res5: top-1", "res5: gain",
@@ -136,17 +136,7 @@ def plot_losses(runs: Sequence[dict], columns: int = 4) -> bytes:
     methods = list(dict.fromkeys(run["method"] for run in runs))
     columns = min(columns, len(methods))
     rows = math.ceil(len(methods) / columns)
-    style = {
-        "svg.fonttype": "path",
-        "svg.hashsalt": "d2ssl",
-        "text.color": GREY,
-        "axes.labelcolor": GREY,
-        "axes.edgecolor": GREY,
-        "xtick.color": GREY,
-        "ytick.color": GREY,
-        "font.size": 8,
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context({**STYLE, "font.size": 8}):
         figure = Figure(figsize=(2.4 * columns + 0.3, 1.8 * rows + 0.3), layout="constrained")
         FigureCanvasSVG(figure)
         panels = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()

@@ -15,6 +15,16 @@ GREY = "#7b828c"
 BLUE, ORANGE, GREEN, PURPLE = "#3a87d0", "#e08428", "#2fa36b", "#9a72cf"
 PARTS = ("#4fb3a5", "#c9a227", "#d0679d", "#8d7fd1", "#8aa64a", "#b07a52")
 
+STYLE = {
+    "svg.fonttype": "path",  # looks the same wherever it is read
+    "svg.hashsalt": "d2ssl",
+    "text.color": GREY,
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+}
+
 Metrics = Dict[int, Dict[str, float]]
 
 
@@ -84,18 +94,7 @@ def plot_ap(metrics: Metrics) -> bytes:
 
 
 def _plot(metrics, lines, ylabel, ylim=(None, None), band=None, band_label="") -> bytes:
-    with matplotlib.rc_context(
-        {
-            "svg.fonttype": "path",  # looks the same wherever it is read
-            "svg.hashsalt": "d2ssl",
-            "text.color": GREY,
-            "axes.labelcolor": GREY,
-            "axes.edgecolor": GREY,
-            "xtick.color": GREY,
-            "ytick.color": GREY,
-            "font.size": 10,
-        }
-    ):
+    with matplotlib.rc_context({**STYLE, "font.size": 10}):
         figure = Figure(figsize=(5.2, 3.6))
         FigureCanvasSVG(figure)
         axes = figure.add_axes((0.14, 0.33, 0.83, 0.6))  # the same in all, so that they line up

@@ -43,11 +43,10 @@ assert not any(m.startswith("d2ssl.") for m in sys.modules)
 @pytest.fixture(scope="module")
 def handed_off(demo_root, tmp_path_factory):
     """A pretraining run, handed off: (config, content of model_pretrained.pth)."""
-    from tests.conftest import CONFIGS, TINY
-
     from d2ssl.config import load_cfg
     from d2ssl.data.datasets import register_balloon
     from d2ssl.engine.auto import resolve_auto
+    from tests.conftest import CONFIGS, TINY
 
     register_balloon(str(demo_root), "balloon_demo")
     out = tmp_path_factory.mktemp("handoff")

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.conftest import CONFIGS, TINY
 
 from d2ssl.errors import D2SSLError
 from d2ssl.evaluation import compare, retrieval
 from d2ssl.evaluation.retrieval import BoxRetrieval
+from tests.conftest import CONFIGS, TINY
 
 REPO = Path(__file__).resolve().parents[2]
 KEYS = {

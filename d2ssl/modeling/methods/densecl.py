@@ -33,7 +33,8 @@ class DenseMoCo(MoCo):
         return best, torch.zeros_like(best)
 
     def enqueued(self, key, view):
-        member = F.one_hot(self.units.lattice(view).level).to(key.dtype)  # R x levels
+        level, count = self.units.lattice(view).level, len(self.units.levels)
+        member = F.one_hot(level, count).to(key.dtype)  # R x levels
         means = torch.einsum("rl,nrd->nld", member, key)  # up to their length
         return means, torch.ones(means.shape[:2], dtype=torch.bool, device=key.device)
 
