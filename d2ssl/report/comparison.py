@@ -57,7 +57,8 @@ def page(comparison: dict) -> str:
         "95 % t interval. **res5**: the same with features of the ResNet's last stage.",
         "**loss**: mean of the first and of the last span of the curve; losses of different "
         "methods do not compare, and one with a queue rises while the queue fills. **cost per "
-        "view**: time of the median iteration per photo view, and as a multiple of SoCo's. "
+        "view**: time of a quick iteration (one in ten is quicker) per photo view, and as a "
+        "multiple of SoCo's. "
         "**spread** of the embeddings at the end: near 1 is healthy, 0 is collapse.",
     ]
     failures = [

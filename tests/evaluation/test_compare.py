@@ -147,7 +147,7 @@ def test_summary_is_over_the_finished_seeds_and_the_gain_is_paired():
     half = 12.706 * math.sqrt(0.02 / 2)  # gains 0.3 and 0.1; t of 1 degree of freedom
     assert fpn["interval"] == pytest.approx([0.2 - half, 0.2 + half], abs=1e-3)
     assert moco["top1"]["res5"]["interval"] == [0.5, 0.5]
-    assert moco["relative_cost"] == 2.0 and soco["relative_cost"] == 1.0
+    assert moco["relative_cost"] == 1.5 and soco["relative_cost"] == 1.0
     assert soco["failed"] == {1: "Loss became infinite"} and soco["spread"] is None
     assert plsiam == {
         "method": "PLSiam", "seeds": [], "failed": {0: "no"}, "relative_cost": None,
