@@ -19,6 +19,7 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 from d2ssl.errors import D2SSLError
 
 PRETRAIN_PARTS = ("bottom_up", "fpn", "box_head")
+LEVELS = ("res2", "res3", "res4", "res5", "p2", "p3", "p4", "p5")
 AUTO = "auto"  # a value that d2ssl.engine.auto takes from the size of the data set
 AUTO_KEYS = {  # and what else they may be
     "SSL.SOLVER.IMS_PER_BATCH": "a whole number above 0",
@@ -225,6 +226,8 @@ def _check(cfg: CN) -> None:
         all(isinstance(m, (list, tuple)) and list(map(type, m)) in PAIR for m in ssl.METHODS),
         f'SSL.METHODS {ssl.METHODS}: write pairs, [["SoCo", 1.0], ["Colorization", 5.0]]',
     )
+    for level in ssl.LEVELS:
+        one_of("SSL.LEVELS", level, LEVELS)
     one_of("SSL.REGIONS.SOURCE", ssl.REGIONS.SOURCE, ("superpixels", "kmeans", "grid"))
     one_of("SSL.COLORIZATION.TARGET", ssl.COLORIZATION.TARGET, ("ab", "rgb"))
     one_of("SSL.PRECISION", ssl.PRECISION, ("bf16", "fp32"))

@@ -6,8 +6,12 @@ import math
 from d2ssl.config import AUTO, AUTO_KEYS, get_key, set_key
 from d2ssl.data.build import load_dicts
 from d2ssl.errors import D2SSLError
+from d2ssl.modeling.methods import method_class
 
 logger = logging.getLogger("d2ssl")
+
+# Of a batch with the queue: half a GB in fp32, and a loss holds several of that size.
+MOST_SIMILARITIES = 2**27
 
 
 def resolve_auto(cfg):
@@ -19,11 +23,12 @@ def resolve_auto(cfg):
       and AdamW 2e-4 at 16, LARS 1.0 at 256.
     - momentum: the twin averages over the last 25 passes through the photos, 100 to 1000
       iterations. 61 photos: 0.99; large sets: 0.999 as in MoCo.
-    - queue: half the photos as a power of two, at least a batch, at most 65536; more would only be
-      older keys of the same few photos. 61 photos: 32.
+    - queue: half the photos as a power of two, at least a batch; more would only be older keys
+      of the same few photos. At most 65536, and for cells and regions, of which each photo sends
+      several, no more than memory holds (MOST_SIMILARITIES). 61 photos: 32.
 
     Raises:
-        D2SSLError: a queue for more photos than there are.
+        D2SSLError: an unknown method, or a queue for more photos than there are.
     """
     if not cfg.SSL.ENABLED:
         return cfg
@@ -43,7 +48,9 @@ def resolve_auto(cfg):
     fill("SSL.SOLVER.BASE_LR", lr_at_16 * math.sqrt(batch / 16))
     horizon = min(1000, max(100, 25 * photos / batch))  # iterations
     fill("SSL.MOMENTUM", 1 - 1 / horizon)
-    fill("SSL.QUEUE.SIZE", min(65536, photos, max(batch, power_of_two(photos / 2))))
+    cost = method_class(resolved).queue_cost(resolved) * batch
+    most = min(65536, photos, power_of_two_in(MOST_SIMILARITIES / max(cost, 1)))
+    fill("SSL.QUEUE.SIZE", min(most, max(batch, power_of_two(photos / 2))))
     if resolved.SSL.QUEUE.SIZE > photos:
         raise D2SSLError(
             f"SSL.QUEUE.SIZE {resolved.SSL.QUEUE.SIZE}: the data set has {photos} photos, and the "
@@ -56,4 +63,9 @@ def resolve_auto(cfg):
 
 def power_of_two(value: float) -> int:
     """The power of two nearest to a value on the scale of logarithms, at least 1."""
-    return 2 ** max(0, round(math.log2(max(value, 1))))
+    return 2 ** round(math.log2(max(value, 1)))
+
+
+def power_of_two_in(value: float) -> int:
+    """The largest power of two that is not above a value, at least 1."""
+    return 2 ** math.floor(math.log2(max(value, 1)))

@@ -51,6 +51,27 @@ def test_what_holds_for_any_size(resolve, photos):
 
 
 @pytest.mark.parametrize(
+    "method, queue, similarities",
+    [
+        # 224 px: 14^2 + 14^2 + 14^2 + 7^2 = 637 cells, of which 8 are sent; batches of 64 photos.
+        (["SSL.METHOD", "PLMoCo"], 256, 637 * 8),
+        (["SSL.METHOD", "PLMoCoPlus"], 256, 637 * 8 + 1),
+        (["SSL.METHOD", "DenseCL"], 512, 637 * 4 + 1),  # a key a level
+        (["SSL.METHODS", '[["SoCo", 1.0], ["RLMoCo", 1.0]]'], 4096, 4 * 16 * 8),
+        (["SSL.METHOD", "MoCo"], 32768, 1),
+    ],
+)
+def test_similarities_with_the_queue_fit_into_memory(resolve, method, queue, similarities):
+    """The largest power of two that keeps a batch's within half a GB, of half of 65536 photos."""
+    opts = ["SSL.QUEUE.KEYS_PER_PHOTO", "8", *method]
+    assert resolve(65536, *opts)[3] == queue
+    assert 64 * similarities * queue * 4 <= 2**29
+    assert queue == 32768 or 64 * similarities * 2 * queue * 4 > 2**29
+    assert resolve(61, *opts)[3] == 32  # few photos are not concerned
+    assert resolve(65536, *opts, "SSL.QUEUE.SIZE", "20000")[3] == 20000  # nor who says a number
+
+
+@pytest.mark.parametrize(
     "optimizer, batch, lr",
     [("SGD", 16, 0.02), ("SGD", 64, 0.04), ("AdamW", 16, 2e-4), ("LARS", 256, 1.0)],
 )

@@ -1,5 +1,7 @@
 """Pretext methods; importing this package registers them."""
 
+from typing import Type
+
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.methods.base import PRETEXT_REGISTRY, PretextMethod
 from d2ssl.modeling.methods.byol import BYOL
@@ -22,12 +24,17 @@ from d2ssl.modeling.methods.soco import SoCo, SoCoStar
 __all__ = [
     "BYOL", "Colorization", "Combined", "DenseCL", "DetCon", "Inpainting", "MoCo", "P2Vec",
     "PLMoCo", "PLMoCoPlus", "PLSiam", "PRCL", "PRETEXT_REGISTRY", "PixPro", "PretextMethod",
-    "RLMoCo", "SimCLR", "SimSiam", "SoCo", "SoCoStar", "build_method",
+    "RLMoCo", "SimCLR", "SimSiam", "SoCo", "SoCoStar", "build_method", "method_class",
 ]  # fmt: skip
 
 
 def build_method(cfg, trunk) -> PretextMethod:
-    """The method that ``SSL.METHOD`` names, or several as ``SSL.METHODS`` says.
+    """The method that a config names, see :func:`method_class`."""
+    return method_class(cfg)(cfg, trunk)
+
+
+def method_class(cfg) -> Type[PretextMethod]:
+    """What ``SSL.METHOD`` names, or :class:`Combined` where ``SSL.METHODS`` names several.
 
     Raises:
         D2SSLError: a name that is not registered.
@@ -38,4 +45,4 @@ def build_method(cfg, trunk) -> PretextMethod:
             known = ", ".join(sorted(name for name, _ in PRETEXT_REGISTRY))
             key = "SSL.METHODS" if cfg.SSL.METHODS else "SSL.METHOD"
             raise D2SSLError(f"{key} {name}: choose from {known}")
-    return (Combined if cfg.SSL.METHODS else PRETEXT_REGISTRY.get(cfg.SSL.METHOD))(cfg, trunk)
+    return Combined if cfg.SSL.METHODS else PRETEXT_REGISTRY.get(cfg.SSL.METHOD)

@@ -66,6 +66,11 @@ class PretextMethod(nn.Module):
         """The views of a photo; here two crops, drawn alike."""
         return [view_from_cfg(cfg, cfg.SSL.INPUT.VIEW_SIZE, crop=True, blur_p=0.5)] * 2
 
+    @classmethod
+    def queue_cost(cls, cfg) -> int:
+        """Similarities of one photo with one photo of a queue; 0 for a method without one."""
+        return 0
+
     def forward(self, views) -> Dict[str, torch.Tensor]:
         """
         Args:

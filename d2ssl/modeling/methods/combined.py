@@ -33,6 +33,11 @@ class Combined(PretextMethod):
         self.loss_range = tuple(map(sum, zip(*bounds)))
 
     @classmethod
+    def queue_cost(cls, cfg):
+        members = cls.members or cfg.SSL.METHODS
+        return sum(PRETEXT_REGISTRY.get(name).queue_cost(cfg) for name, _ in members)
+
+    @classmethod
     def from_config(cls, cfg, trunk):
         members = cls.members or cfg.SSL.METHODS
         names = [name for name, _ in members]

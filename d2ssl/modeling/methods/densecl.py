@@ -21,8 +21,8 @@ class DenseMoCo(MoCo):
     kind = Cells
 
     @classmethod
-    def from_config(cls, cfg, trunk):
-        return {**super().from_config(cfg, trunk), "keys_per_photo": len(cfg.SSL.LEVELS)}
+    def keys_of_a_photo(cls, cfg):
+        return len(cfg.SSL.LEVELS)
 
     @torch.no_grad()
     def compare(self, a, b):

@@ -20,7 +20,7 @@ class MoCo(PretextMethod):
 
     Args:
         queue_photos: how many photos' keys the queue holds.
-        keys_per_photo: rows of a photo that enter it.
+        keys_per_photo: rows of a photo that enter it, at most ``num_rows``.
         num_rows: rows of a photo.
     """
 
@@ -32,7 +32,7 @@ class MoCo(PretextMethod):
         num_rows: int, **kwargs,
     ):  # fmt: skip
         super().__init__(**kwargs)
-        self.temperature, self.keys_per_photo = temperature, min(keys_per_photo, num_rows)
+        self.temperature, self.keys_per_photo = temperature, keys_per_photo
         self.projector = MoCoProjectionHead(self.units.dim, hidden_dim, out_dim)
         self.add_twin("projector")
         self.queue = KeyQueue(queue_photos * self.keys_per_photo, out_dim)
@@ -44,9 +44,18 @@ class MoCo(PretextMethod):
             **super().from_config(cfg, trunk),
             "temperature": cfg.SSL.TEMPERATURE,
             "queue_photos": cfg.SSL.QUEUE.SIZE,
-            "keys_per_photo": cfg.SSL.QUEUE.KEYS_PER_PHOTO,
+            "keys_per_photo": cls.keys_of_a_photo(cfg),
             "num_rows": cls.kind.count(cfg),
         }
+
+    @classmethod
+    def keys_of_a_photo(cls, cfg) -> int:
+        """How many of its rows enter the queue."""
+        return min(cfg.SSL.QUEUE.KEYS_PER_PHOTO, cls.kind.count(cfg))
+
+    @classmethod
+    def queue_cost(cls, cfg):
+        return cls.kind.count(cfg) * cls.keys_of_a_photo(cfg)
 
     def forward(self, views):
         a, b = views[:2]
