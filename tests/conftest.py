@@ -22,7 +22,7 @@ def shared() -> Path:
 def demo_root(tmp_path_factory) -> Path:
     """
     A folder of data sets with a small drawn one: ``balloon_demo``, 8 train and 4 val photos of
-    96x128 pixels. Register it with ``register_balloon(demo_root, "balloon_demo")``.
+    96x128 pixels. :func:`tiny_cfg` registers it.
     """
     from d2ssl.data.datasets.synthetic import write_balloons
 
@@ -38,7 +38,7 @@ def tiny_cfg(demo_root, tmp_path, monkeypatch):
     from d2ssl.data.datasets import register_balloon
     from d2ssl.engine.auto import resolve_auto
 
-    register_balloon(str(demo_root), "balloon_demo")
+    register_balloon("balloon_demo", demo_root / "balloon_demo")
     monkeypatch.setenv("D2SSL_CACHE", str(demo_root / "cache"))
 
     def make(*opts, output_dir=None):

@@ -3,7 +3,7 @@
 import logging
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from typing import Callable, Iterable, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -99,21 +99,24 @@ def shrink(photo: np.ndarray, long_side: int) -> np.ndarray:
     return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
 
 
-def map_photos(function: Callable, files: Sequence[str], title: str, num_workers: int) -> list:
+def map_photos(function: Callable, photos: Sequence, title: str, num_workers: int) -> Iterator:
     """
-    ``function`` of each file, in order, with a progress bar.
+    ``function`` of each photo, in order and as it comes, with a progress bar.
 
     Args:
-        function: takes a path; must be picklable if ``num_workers`` > 0.
+        function: takes one of ``photos``; must be picklable if ``num_workers`` > 0.
+        photos: their paths, or whatever stands for them.
         title: of the progress bar.
         num_workers: processes; 0: this one.
     """
-    bar = partial(tqdm, total=len(files), desc=title, unit="photo", disable=None)
-    if num_workers == 0 or len(files) < 2:
-        return list(bar(map(function, files)))
+    bar = partial(tqdm, total=len(photos), desc=title, unit="photo", disable=None)
+    if num_workers == 0 or len(photos) < 2:
+        yield from bar(map(function, photos))
+        return
     # OpenCV's own threads would compete with the processes, and do not survive a fork.
     with ProcessPoolExecutor(num_workers, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
-        return list(bar(pool.map(function, files)))
+        chunk = min(16, max(1, len(photos) // (8 * num_workers)))
+        yield from bar(pool.map(function, photos, chunksize=chunk))
 
 
 class PhotoStore:

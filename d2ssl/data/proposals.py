@@ -195,7 +195,7 @@ def _search_all(dataset_dicts, read_photo, cache_dir, num_workers) -> list[np.nd
         os.makedirs(cache_dir, exist_ok=True)
     search = partial(_search_one, read_photo=read_photo, cache_dir=cache_dir)
     files = [d["file_name"] for d in dataset_dicts]
-    return map_photos(search, files, "selective search", num_workers)
+    return list(map_photos(search, files, "selective search", num_workers))
 
 
 def _search_one(file_name: str, read_photo: Callable, cache_dir: str | None) -> np.ndarray:

@@ -13,11 +13,11 @@ from d2ssl.errors import D2SSLError
 @pytest.fixture(autouse=True)
 def restore_demo(demo_root):
     yield
-    register_balloon(demo_root, "balloon_demo")
+    register_balloon("balloon_demo", demo_root / "balloon_demo")
 
 
 def test_three_sets(demo_root):
-    register_balloon(demo_root, "balloon_demo")
+    register_balloon("balloon_demo", demo_root / "balloon_demo")
     train = DatasetCatalog.get("balloon_demo_train")
     assert len(train) == 8 and len(DatasetCatalog.get("balloon_demo_val")) == 4
     assert all(d["annotations"] for d in train)
@@ -27,7 +27,7 @@ def test_three_sets(demo_root):
 
 
 def test_unlabeled_has_the_train_photos_and_no_annotations(demo_root):
-    register_balloon(demo_root, "balloon_demo")
+    register_balloon("balloon_demo", demo_root / "balloon_demo")
     unlabeled = DatasetCatalog.get("balloon_demo_unlabeled")
     assert {d["file_name"] for d in unlabeled} == {
         d["file_name"] for d in DatasetCatalog.get("balloon_demo_train")
@@ -36,18 +36,18 @@ def test_unlabeled_has_the_train_photos_and_no_annotations(demo_root):
 
 
 def test_another_root(demo_root, tmp_path):
-    register_balloon(str(tmp_path / "nowhere"), "balloon_demo")  # nothing is read yet
+    register_balloon("balloon_demo", tmp_path / "nowhere" / "balloon_demo")  # nothing is read yet
     with pytest.raises(D2SSLError, match="balloon_demo/val: no such folder.*make_balloon_demo"):
         DatasetCatalog.get("balloon_demo_val")
     write_balloons(str(tmp_path / "balloon_demo"), 1, 2, (64, 80))
-    register_balloon(tmp_path, "balloon_demo")
+    register_balloon("balloon_demo", tmp_path / "balloon_demo")
     assert len(DatasetCatalog.get("balloon_demo_val")) == 2
     assert DatasetCatalog.get("balloon_demo_val")[0]["file_name"].startswith(str(tmp_path))
 
 
 def test_own_set_in_the_same_layout(tmp_path):
     write_balloons(str(tmp_path / "kittens"), 1, 1, (64, 80))
-    register_balloon(tmp_path, "kittens", classes=["kitten"])
+    register_balloon("kittens", tmp_path / "kittens", classes=["kitten"])
     assert MetadataCatalog.get("kittens_train").thing_classes == ["kitten"]
     assert DatasetCatalog.get("kittens_train")[0]["annotations"][0]["category_id"] == 0
 
@@ -60,7 +60,7 @@ def test_evaluator_scores_the_truth_as_perfect(demo_root, tmp_path):
     from detectron2.evaluation import COCOEvaluator
     from detectron2.structures import Boxes, Instances
 
-    register_balloon(demo_root, "balloon_demo")
+    register_balloon("balloon_demo", demo_root / "balloon_demo")
     evaluator = COCOEvaluator(
         "balloon_demo_val", ("bbox", "segm"), False, str(tmp_path), use_fast_impl=False
     )
@@ -102,6 +102,6 @@ def test_builtin_sets_follow_the_environment_and_spare_the_users_own(demo_root):
 
 
 def test_real_balloon(shared):
-    register_balloon(shared / "data")
+    register_balloon("balloon", shared / "data" / "balloon")
     assert len(DatasetCatalog.get("balloon_unlabeled")) == 61
     assert len(DatasetCatalog.get("balloon_val")) == 13

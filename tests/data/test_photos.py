@@ -191,4 +191,4 @@ def test_each_photo_is_mapped_in_order_in_the_stated_processes(num_workers):
     names, processes = zip(*map_photos(name_and_process, files, "names", num_workers))
     assert list(names) == files
     assert (os.getpid() in processes) == (num_workers == 0)
-    assert map_photos(name_and_process, [], "names", num_workers) == []
+    assert list(map_photos(name_and_process, [], "names", num_workers)) == []

@@ -103,7 +103,7 @@ def test_unknown_name_gets_the_nearest(part):
 
 
 def test_first_sixteen_of_the_story(shared):
-    register_balloon(shared / "data")
+    register_balloon("balloon", shared / "data" / "balloon")
     ensure_registered(["balloon_train@16"])
     raw = json.loads((shared / "data/balloon/train/via_region_data.json").read_text())
     expected = [entry["filename"] for entry in raw.values()][:16]

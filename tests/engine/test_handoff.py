@@ -48,7 +48,7 @@ def handed_off(demo_root, tmp_path_factory):
     from d2ssl.engine.auto import resolve_auto
     from tests.conftest import CONFIGS, TINY
 
-    register_balloon(str(demo_root), "balloon_demo")
+    register_balloon("balloon_demo", demo_root / "balloon_demo")
     out = tmp_path_factory.mktemp("handoff")
     cfg = resolve_auto(load_cfg(str(CONFIGS / "demo.yaml"), [*TINY, "OUTPUT_DIR", str(out)]))
     pretrain(cfg)

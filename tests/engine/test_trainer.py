@@ -84,7 +84,7 @@ def test_resume_is_exact(tiny_cfg, tmp_path, stage_cfg, trainer_class, opts):
 def train_in_processes(cfg):
     from d2ssl.data.datasets import register_balloon
 
-    register_balloon(os.environ["TEST_DEMO_ROOT"], "balloon_demo")
+    register_balloon("balloon_demo", os.path.join(os.environ["TEST_DEMO_ROOT"], "balloon_demo"))
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     PretrainTrainer(cfg).train()
 

@@ -43,7 +43,7 @@ SHARED = ["DetCon", "DenseCL", "SimSiam", "PixPro", "Inpainting", "several"]
 
 
 def train_all(cfgs):
-    register_balloon(os.environ["TEST_DEMO_ROOT"], "balloon_demo")
+    register_balloon("balloon_demo", os.path.join(os.environ["TEST_DEMO_ROOT"], "balloon_demo"))
     for cfg in cfgs:
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
         PretrainTrainer(cfg).train()

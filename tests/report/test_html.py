@@ -21,7 +21,7 @@ RESULTS = {
 
 @pytest.fixture
 def cfg(demo_root, tmp_path):
-    register_balloon(str(demo_root), "balloon_demo")
+    register_balloon("balloon_demo", demo_root / "balloon_demo")
     return make_cfg(tmp_path)
 
 
@@ -111,7 +111,7 @@ def test_it_is_self_contained(cfg, tmp_path):
 
 
 def test_text_from_outside_is_escaped(demo_root, tmp_path):
-    register_balloon(str(demo_root), "balloon_demo")
+    register_balloon("balloon_demo", demo_root / "balloon_demo")
     write_pretraining(tmp_path)
     write_finetuning(
         tmp_path, {"segm": {"AP": 1.0, "AP-<i>red & round": 1.0}, "<u>task": {"AP": 2.0}}
@@ -160,7 +160,7 @@ def test_matches_where_the_method_has_any(cfg, tmp_path):
 
 def test_without_pretraining(demo_root, tmp_path):
     """Files of an earlier pretraining in the same folder do not count."""
-    register_balloon(str(demo_root), "balloon_demo")
+    register_balloon("balloon_demo", demo_root / "balloon_demo")
     write_pretraining(tmp_path)
     write_finetuning(tmp_path)
     page = read(write_report(make_cfg(tmp_path, "SSL.ENABLED", False)))
@@ -176,7 +176,7 @@ def test_predictions_of_an_earlier_run_are_not_shown(cfg, tmp_path):
 
 
 def test_several_test_sets(demo_root, tmp_path):
-    register_balloon(str(demo_root), "balloon_demo")
+    register_balloon("balloon_demo", demo_root / "balloon_demo")
     names = ("balloon_demo_train", "balloon_demo_val")
     write_finetuning(tmp_path, {name: {"segm": {"AP": 10.0 + i}} for i, name in enumerate(names)})
     page = read(write_report(make_cfg(tmp_path, "DATASETS.TEST", names)))

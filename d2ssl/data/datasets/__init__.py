@@ -31,7 +31,7 @@ def register_builtin() -> None:
     root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
     for name in ("balloon", "balloon_demo"):
         if f"{name}_train" not in DatasetCatalog.list():
-            register_balloon(root, name)
+            register_balloon(name, os.path.join(root, name))
 
 
 register_builtin()

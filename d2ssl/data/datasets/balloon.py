@@ -12,9 +12,7 @@ from d2ssl.errors import D2SSLError
 ANNOTATIONS = "via_region_data.json"
 
 
-def register_balloon(
-    root: str, name: str = "balloon", classes: Sequence[str] = ("balloon",)
-) -> None:
+def register_balloon(name: str, root: str, classes: Sequence[str] = ("balloon",)) -> None:
     """
     Register ``<name>_train``, ``<name>_val`` and ``<name>_unlabeled`` (each photo of the train
     folder, its annotation file not read).
@@ -22,16 +20,15 @@ def register_balloon(
     Nothing is read before a set is used; calling again with another root moves all three.
 
     Args:
-        root: folder of data sets; the photos and ``via_region_data.json`` lie in
-            ``<root>/<name>/train`` and ``<root>/<name>/val``.
-        name: folder under root, and how the sets' names begin.
+        name: how the sets' names begin.
+        root: folder of the set; the photos and ``via_region_data.json`` lie in ``<root>/train``
+            and ``<root>/val``.
         classes: see :func:`load_via_json`.
     """
-    folder = os.path.join(root, name)
     for split in ("train", "val"):
-        load = partial(_load_split, folder, split, classes)
+        load = partial(_load_split, root, split, classes)
         register_dataset(f"{name}_{split}", load, thing_classes=[*classes], evaluator_type="coco")
-    load = partial(_load_unlabeled, folder)
+    load = partial(_load_unlabeled, root)
     register_dataset(f"{name}_unlabeled", load, thing_classes=[*classes])
 
 

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from d2ssl.data.datasets.catalog import register_dataset
+from d2ssl.data.datasets.catalog import decoder, listed, register_dataset
 from d2ssl.errors import D2SSLError
 
 _NAME = re.compile(r"(?P<base>.+)@(?P<count>[1-9]\d*)(#seed(?P<seed>\d{1,9}))?")
@@ -41,7 +41,8 @@ def ensure_registered(names: Iterable[str]) -> None:
                 f"{base}@16#seed3"
             )
         seed = None if match["seed"] is None else int(match["seed"])
-        register_dataset(name, partial(_load_part, name, base, int(match["count"]), seed))
+        load = partial(_load_part, name, base, int(match["count"]), seed)
+        register_dataset(name, load, decoder(base))
         _copy_metadata(base, name)
 
 
@@ -57,7 +58,7 @@ def choose(total: int, count: int, seed: int | None = None) -> list[int]:
 
 
 def _load_part(name: str, base: str, count: int, seed: int | None) -> list[dict]:
-    dicts = DatasetCatalog.get(base)
+    dicts = listed(base)
     _copy_metadata(base, name)  # COCO's loader fills the metadata only now
     if count > len(dicts):
         raise D2SSLError(
