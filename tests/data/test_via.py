@@ -277,7 +277,7 @@ def test_missing_or_binary_json_is_refused(tmp_path):
     with pytest.raises(D2SSLError, match="via.json: no such file"):
         load_via_json(str(tmp_path / "via.json"), str(tmp_path))
     (tmp_path / "via.json").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(D2SSLError, match="not valid JSON"):
+    with pytest.raises(D2SSLError, match="not UTF-8 text"):
         load_via_json(str(tmp_path / "via.json"), str(tmp_path))
     with pytest.raises(D2SSLError, match="cannot be read"):
         load_via_json(str(tmp_path), str(tmp_path))

@@ -10,20 +10,15 @@ encloses no area is dropped. Kept, with a warning: photos without regions, and o
 cross themselves, whose doubly enclosed parts are holes in the mask (even-odd rule).
 """
 
-import json
-import logging
-import os
-from collections import Counter
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 from detectron2.structures import BoxMode
 
+from d2ssl.data.datasets.files import Notes, locate, read_json
 from d2ssl.data.photos import photo_size
 from d2ssl.errors import D2SSLError
-
-logger = logging.getLogger("d2ssl.data")
 
 # A point may lie this far off the photo: in pixels, or as a part of the photo's longer side.
 _SLIP_PIXELS = 5
@@ -54,10 +49,10 @@ def load_via_json(
         D2SSLError: see the head of this module.
     """
     entries = _read_entries(json_file)
-    files = _locate_photos(json_file, entries, image_root)
-    notes = _Notes(json_file)
+    files = locate(image_root, [entry["filename"] for entry in entries.values()], json_file)
+    notes = Notes(json_file)
     dicts = []
-    for image_id, (key, file) in enumerate(files.items()):
+    for image_id, (key, file) in enumerate(zip(entries, files)):
         height, width = photo_size(file)
         record = {
             "file_name": file,
@@ -86,38 +81,13 @@ def load_via_json(
     return dicts
 
 
-class _Notes:
-    """Counts what was mended, so that the log gets one line a kind and not one a region."""
-
-    def __init__(self, source: str):
-        self.source = source
-        self.cases: dict[str, list[str]] = {}
-
-    def add(self, kind: str, where: str) -> None:
-        self.cases.setdefault(kind, []).append(where)
-
-    def log(self) -> None:
-        for kind, cases in self.cases.items():
-            logger.warning(f"{self.source}: {len(cases)} {kind} (first: {cases[0]})")
-
-
 def _read_entries(json_file: str) -> dict[str, dict]:
     """VIA's own mapping: key of a photo -> its entry."""
-    try:
-        with open(json_file, encoding="utf-8") as f:
-            content = json.load(f)
-    except FileNotFoundError as error:
-        raise D2SSLError(f"{json_file}: no such file; check the path") from error
-    except OSError as error:
-        raise D2SSLError(f"{json_file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # JSON and UTF-8 errors
-        raise D2SSLError(
-            f"{json_file}: not valid JSON ({error}); it may be cut short, export it again"
-        ) from error
+    content = read_json(json_file)
     if isinstance(content, dict):
         content = content.get("_via_img_metadata", content)  # a VIA 2 project file
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        raise D2SSLError(f"{json_file}: is COCO's format, not VIA's; use register_coco_instances")
+        raise D2SSLError(f"{json_file}: is COCO's format, not VIA's; use register_coco")
     if not isinstance(content, dict) or not content:
         raise D2SSLError(f"{json_file}: holds no photos in VIA's format; export it from VIA again")
     for key, entry in content.items():
@@ -128,31 +98,8 @@ def _read_entries(json_file: str) -> dict[str, dict]:
     return content
 
 
-def _locate_photos(json_file: str, entries: dict[str, dict], image_root: str) -> dict[str, str]:
-    """Key -> path of the photo; every path is a different existing file inside the folder."""
-    files = {}
-    for key, entry in entries.items():
-        name = os.path.normpath(entry["filename"])
-        if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
-            raise D2SSLError(
-                f"{json_file}: photo {entry['filename']!r} lies outside {image_root}; move it "
-                "there and give its path from there"
-            )
-        files[key] = os.path.join(image_root, name)
-    if len(set(files.values())) < len(files):
-        repeated = Counter(files.values()).most_common(1)[0][0]
-        raise D2SSLError(f"{json_file}: {repeated} is listed twice; merge the two entries")
-    missing = [file for file in files.values() if not os.path.isfile(file)]
-    if missing:
-        raise D2SSLError(
-            f"{json_file}: {len(missing)} of {len(files)} photos are missing, the first is "
-            f"{missing[0]}; restore them or take them out of the JSON"
-        )
-    return files
-
-
 def _read_region(
-    region: dict, height: int, width: int, classes: Sequence[str], notes: _Notes, where: str
+    region: dict, height: int, width: int, classes: Sequence[str], notes: Notes, where: str
 ) -> dict | None:
     """Detectron2's annotation dict, or None where the region encloses nothing."""
     if not isinstance(region, dict):
