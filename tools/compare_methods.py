@@ -10,6 +10,7 @@ In the folder of --output:
 
 comparison.md               the table: loss, retrieval, cost per view, collapse
 comparison.json             all numbers, with command and versions
+gains.svg                   gain in retrieval with its interval
 losses.svg                  loss curves
 METHOD/seedN/result.json    one run; log.txt and pretrain/metrics.json beside it
 """

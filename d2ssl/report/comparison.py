@@ -12,18 +12,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from d2ssl.atomic import atomic_open
-from d2ssl.report.plots import BLUE, GREY, STYLE
+from d2ssl.report.plots import BLUE, GREY, ORANGE, STYLE
 
 COLUMNS = (
     "method", "loss", "top-1 (%)", "start (%)", "gain (points)", "res5: top-1", "res5: gain",
     "cost per view", "spread",
 )  # fmt: skip
-FEATURES = ("fpn", "res5")
+FEATURES = {"fpn": ("pyramid", BLUE), "res5": ("res5", ORANGE)}
 ABSENT = "–"
 
 
 def write_comparison(folder: str, comparison: dict) -> None:
-    """Write ``comparison.json``, ``comparison.md`` and ``losses.svg`` into a folder.
+    """Write ``comparison.json``, ``comparison.md``, ``gains.svg`` and ``losses.svg`` into a folder.
 
     Args:
         comparison: ``command``, ``versions``, ``device``, ``start`` (name of the weights),
@@ -35,6 +35,7 @@ def write_comparison(folder: str, comparison: dict) -> None:
     contents = {
         "comparison.json": json.dumps(comparison, indent=1, allow_nan=False) + "\n",
         "comparison.md": page(comparison),
+        "gains.svg": plot_gains(comparison["methods"]).decode(),
         "losses.svg": plot_losses(comparison["runs"]).decode(),
     }
     for name, content in contents.items():
@@ -71,6 +72,7 @@ def page(comparison: dict) -> str:
         table(methods),
         *(["\n".join(failures)] if failures else []),
         *notes,
+        "![Gain in retrieval, a row a method](gains.svg)",
         "![Loss over photo views, a line a seed](losses.svg)",
         f"    {comparison['command']}",
         f"{versions}; {comparison['device']}.",
@@ -129,6 +131,33 @@ def _cost(method: dict) -> str:
     return f"{1000 * seconds:.3g} ms" + (f", {relative:.2f}×" if relative else "")
 
 
+def plot_gains(methods: Sequence[dict]) -> bytes:
+    """Gain in top-1 with its interval: a row a method, the largest by the pyramid first; an SVG
+    file. Methods without a finished run are left out."""
+    methods = sorted((m for m in methods if m["seeds"]), key=lambda m: m["top1"]["fpn"]["gain"])
+    with matplotlib.rc_context({**STYLE, "font.size": 9}):
+        figure = Figure(figsize=(6.4, 0.28 * len(methods) + 1.0), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
+        axes.axvline(0, color=GREY, linewidth=0.8)
+        for shift, (feature, (label, color)) in zip((0.15, -0.15), FEATURES.items()):
+            for row, method in enumerate(methods):
+                gain, interval = (method["top1"][feature][k] for k in ("gain", "interval"))
+                low, high = interval or (gain, gain)
+                axes.plot([100 * low, 100 * high], [row + shift] * 2, color=color, linewidth=1.4)
+                axes.plot(100 * gain, row + shift, "o", color=color, markersize=4,
+                          label=None if row else label)  # fmt: skip
+        axes.set_yticks(range(len(methods)), [m["method"] for m in methods])
+        axes.set_ylim(-0.6, len(methods) - 0.4)
+        axes.set_xlabel("gain in top-1 over the untrained trunk, points")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(left=False)
+        axes.grid(axis="x", color=GREY, alpha=0.2, linewidth=0.8)
+        if methods:
+            axes.legend(frameon=False, loc="lower right", labelcolor=GREY)
+        return _svg(figure)
+
+
 def plot_losses(runs: Sequence[dict], columns: int = 4) -> bytes:
     """Loss over photo views: a panel a method, a thin line a seed; an SVG file.
 
@@ -160,6 +189,10 @@ def plot_losses(runs: Sequence[dict], columns: int = 4) -> bytes:
             axes.set_visible(False)
         figure.supxlabel("photo views", fontsize=9)
         figure.supylabel("loss", fontsize=9)
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-        return file.getvalue()
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return file.getvalue()

@@ -81,16 +81,16 @@ def test_files_are_written_whole(content, tmp_path):
     folder = tmp_path / "new" / "folder"
     comparison.write_comparison(str(folder), content)
     assert {path.name for path in folder.iterdir()} == {
-        "comparison.json", "comparison.md", "losses.svg",
+        "comparison.json", "comparison.md", "gains.svg", "losses.svg",
     }  # fmt: skip
     kept = json.loads((folder / "comparison.json").read_text())
     assert kept["runs"] == content["runs"] and kept["retrieval"] == content["retrieval"]
     assert (folder / "comparison.md").read_text() == comparison.page(content)
 
 
-def points(svg):
+def points(svg, color="#3a87d0"):
     """The curves, each a list of (x, y) on the page; y grows downwards."""
-    paths = re.findall(r'<path d="([^"]+)"[^>]*stroke: #3a87d0', svg.decode())
+    paths = re.findall(rf'<path d="([^"]+)"[^>]*fill: none; stroke: {color}', svg.decode())
     return [
         [tuple(map(float, p)) for p in re.findall(r"[ML] ([\d.-]+) ([\d.-]+)", d)] for d in paths
     ]
@@ -111,6 +111,20 @@ def test_many_methods_take_several_rows():
     assert len(lines) == 9
     assert len({round(line[0][0]) for line in lines}) == 4  # columns
     assert len({round(line[0][1]) for line in lines}) == 3  # rows
+
+
+def test_gains_are_drawn_with_their_intervals_the_largest_on_top(content):
+    svg = comparison.plot_gains(content["methods"])
+    for color, soco, inpainting in (
+        ("#3a87d0", [25, 35], [1, 1]),
+        ("#e08428", [-30, 10], [2, 2]),
+    ):
+        lower, upper = points(svg, color)  # MoCo failed and is not there
+        assert upper[0][1] == upper[1][1] < lower[0][1]
+        scale = (lower[0][0] - upper[0][0]) / (inpainting[0] - soco[0])  # on the page, per point
+        assert upper[1][0] - upper[0][0] == pytest.approx(scale * (soco[1] - soco[0]), rel=1e-3)
+        assert lower[1][0] - lower[0][0] == 0
+    assert comparison.plot_gains([]).startswith(b"<?xml")
 
 
 def test_same_runs_give_the_same_file(content):
