@@ -4,6 +4,8 @@ Coordinates are those of COCO: pixel (x, y) covers [x, x + 1) x [y, y + 1), and 
 pixels whose centres it encloses.
 """
 
+import hashlib
+import os
 from collections.abc import Callable
 
 import cv2
@@ -11,23 +13,29 @@ import numpy as np
 import pycocotools.mask as coco_mask
 from detectron2.structures import BoxMode
 from PIL import Image
+from scipy.ndimage import find_objects
 from skimage.measure import find_contours
 
+from d2ssl.atomic import atomic_open
+from d2ssl.data.cache import default_cache_dir
 from d2ssl.errors import D2SSLError
 
 LEAST_IOU = 0.98  # of a polygon with the mask that it stands for
 TOLERANCE = 0.5  # pixels that a simplified outline may move, about
 
 
-def read_label_image(path: str) -> np.ndarray:
+def read_label_image(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """
     A picture whose values are ids: palette indices and not their colours, 8 or 16 bits.
+
+    Args:
+        size: (height, width) of the photo that it belongs to, where there is one.
 
     Returns:
         HxW, integer or bool.
 
     Raises:
-        D2SSLError: missing, unreadable, or a picture in colours.
+        D2SSLError: missing, unreadable, a picture in colours, or of another size.
     """
     try:
         with Image.open(path) as image:
@@ -41,7 +49,60 @@ def read_label_image(path: str) -> np.ndarray:
             f"{path}: is a picture of mode {mode}; a mask has one channel of whole numbers or a "
             "palette"
         )
+    if size is not None and values.shape != tuple(size):
+        raise D2SSLError(
+            f"{path}: is {values.shape[1]}x{values.shape[0]}, its photo {size[1]}x{size[0]}; was "
+            "one of them resized or rotated?"
+        )
     return values
+
+
+def grey_label_file(path: str, labels: dict[int, int], size: tuple[int, int]) -> str:
+    """
+    A copy of a picture of class ids, in the cache, that Detectron2 reads as it is meant.
+
+    Stock Detectron2 turns such a file into grey when it trains, and with it the ids of a palette
+    into the brightness of their colours. The copy is grey, and is made once; anew where the file,
+    its photo's size or ``labels`` have changed.
+
+    Args:
+        path: of the picture, see :func:`read_label_image`.
+        labels: id in the picture -> id in the copy, 0..255.
+        size: (height, width) of the photo.
+
+    Returns:
+        Path of an 8-bit PNG.
+
+    Raises:
+        D2SSLError: as :func:`read_label_image`, an id that ``labels`` does not have, or a cache
+            that cannot be written.
+    """
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        raise D2SSLError(f"{path}: cannot be read ({error.strerror}); restore the file") from error
+    parts = os.path.abspath(path), state.st_mtime_ns, state.st_size, labels, tuple(size)
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    stem = os.path.splitext(os.path.basename(path))[0]
+    folder = os.path.join(default_cache_dir(), "labels")
+    copy = os.path.join(folder, f"{stem}-{key}.png")
+    if os.path.exists(copy):
+        return copy
+    ids = read_label_image(path, size)
+    grey = np.empty(ids.shape, np.uint8)
+    for value in np.unique(ids).tolist():
+        if value not in labels:
+            raise D2SSLError(f"{path}: holds {value}, which is no class; correct the picture")
+        grey[ids == value] = labels[value]
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with atomic_open(copy, "wb") as file:
+            Image.fromarray(grey).save(file, "PNG")
+    except OSError as error:
+        raise D2SSLError(
+            f"{copy}: cannot be written ({error.strerror}); set D2SSL_CACHE to another folder"
+        ) from error
+    return copy
 
 
 def label_image_annotations(
@@ -57,11 +118,17 @@ def label_image_annotations(
     Returns:
         Detectron2's annotation dicts in the order of the ids, see :func:`mask_annotation`.
     """
+    values, places = range(2**16), ids
+    if ids.dtype.kind == "i" or ids.dtype.itemsize > 2:  # there may be large or negative ids
+        values = np.unique(ids).tolist()
+        places = np.searchsorted(values, ids)
+    # All ids are found in one pass (which leaves out 0), and each is looked at only where it lies.
+    boxes = find_objects(places.astype(np.int32) + 1)
     found = []
-    for value in np.unique(ids).tolist():
-        kind = classify(value)
+    for place, (value, box) in enumerate(zip(values, boxes)):
+        kind = None if box is None else classify(value)
         if kind is not None:
-            found.append(mask_annotation(ids == value, *kind))
+            found.append(_annotation(places[box] == place, box, ids.shape, *kind))
     return found
 
 
@@ -76,16 +143,31 @@ def mask_annotation(mask: np.ndarray, category_id: int, iscrowd: int = 0) -> dic
         mask: HxW, true or not zero inside.
     """
     mask = np.asarray(mask, dtype=bool)
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if len(rows) == 0:
+    boxes = find_objects(mask.view(np.uint8))
+    if not boxes:
         return None
-    (top, bottom), (left, right) = rows[[0, -1]].tolist(), columns[[0, -1]].tolist()
-    polygons = None if iscrowd else _polygons(mask[top : bottom + 1, left : right + 1], left, top)
+    return _annotation(mask[boxes[0]], boxes[0], mask.shape, category_id, iscrowd)
+
+
+def _annotation(
+    inside: np.ndarray,
+    box: tuple[slice, slice],
+    size: tuple[int, int],
+    category_id: int,
+    iscrowd: int,
+) -> dict:
+    """Of the mask ``inside``, which touches all sides of its ``box`` in a photo of ``size``."""
+    rows, columns = box
+    segmentation = None if iscrowd else _polygons(inside, columns.start, rows.start)
+    if segmentation is None:
+        mask = np.zeros(size, dtype=bool)
+        mask[box] = inside
+        segmentation = encode(mask)
     return {
-        "bbox": [float(x) for x in (left, top, right + 1, bottom + 1)],
+        "bbox": [float(x) for x in (columns.start, rows.start, columns.stop, rows.stop)],
         "bbox_mode": BoxMode.XYXY_ABS,
         "category_id": category_id,
-        "segmentation": encode(mask) if polygons is None else polygons,
+        "segmentation": segmentation,
         "iscrowd": iscrowd,
     }
 
@@ -95,23 +177,40 @@ def annotation_mask(annotation: dict, height: int, width: int) -> np.ndarray:
     The mask of an annotation dict, from polygons or RLE (compressed or not): HxW bool.
 
     Raises:
-        D2SSLError: it has neither, or an RLE of another size.
+        D2SSLError: it has neither, a damaged one, or an RLE of another size.
     """
     segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, list) and segmentation:
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation, dict):
-        rle = segmentation
-        if isinstance(rle["counts"], list):
-            rle = coco_mask.frPyObjects(rle, *rle["size"])
-        if list(rle["size"]) != [height, width]:
-            raise D2SSLError(
-                f"a mask of {rle['size'][1]}x{rle['size'][0]} on a photo of {width}x{height}; "
-                "scale it"
-            )
-    else:
+    if not isinstance(segmentation, (list, dict)) or not segmentation:
         raise D2SSLError("an annotation without a mask; give its segmentation")
-    return coco_mask.decode(rle).astype(bool)
+    try:
+        rle = _rle(segmentation, height, width)
+        mask = coco_mask.decode(rle)
+        # Of an RLE that is too short, pycocotools leaves the rest of the mask to chance.
+        if mask.sum() != coco_mask.area(rle):
+            raise ValueError("RLE cut short")
+    except D2SSLError:
+        raise
+    except Exception as error:  # pycocotools raises nearly anything
+        raise D2SSLError(
+            f"a damaged mask ({type(error).__name__}: {error}); export it again"
+        ) from error
+    return mask.astype(bool)
+
+
+def _rle(segmentation: list | dict, height: int, width: int) -> dict:
+    """Polygons or any RLE as COCO's compressed RLE of this size; ValueError where damaged."""
+    if isinstance(segmentation, list):
+        if any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
+            raise ValueError("a polygon needs x and y of three points or more")
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    size, counts = [*segmentation["size"]], segmentation["counts"]
+    if size != [height, width]:
+        raise D2SSLError(f"a mask of {size[1]}x{size[0]} on a photo of {width}x{height}; scale it")
+    if not isinstance(counts, list):
+        return segmentation
+    if sum(counts) != height * width:
+        raise ValueError(f"runs of {sum(counts)} pixels in all, of {height * width}")
+    return coco_mask.frPyObjects(segmentation, height, width)
 
 
 def encode(mask: np.ndarray) -> dict:

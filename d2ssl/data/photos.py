@@ -76,6 +76,12 @@ def photo_size(path: str) -> tuple[int, int]:
     return (width, height) if orientation in _SIDEWAYS else (height, width)
 
 
+def add_size(entry: dict) -> dict:
+    """A dataset dict with the height and width of its photo, from :func:`photo_size`."""
+    height, width = photo_size(entry["file_name"])
+    return {**entry, "height": height, "width": width}
+
+
 def _orientation(image: Image.Image) -> int | None:
     try:
         # Not image.getexif(): for a PNG without EXIF that decodes the whole picture.

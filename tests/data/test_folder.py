@@ -3,6 +3,7 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from d2ssl.data.datasets import register_image_folder
+from d2ssl.data.datasets.catalog import listed
 from d2ssl.errors import D2SSLError
 
 
@@ -28,5 +29,6 @@ def test_bad_folders_are_named_when_used(tmp_path):
     with pytest.raises(D2SSLError, match="no photo in it"):
         DatasetCatalog.get("test_folder")
     (tmp_path / "bad.jpg").write_text("no photo")
+    assert len(listed("test_folder")) == 1  # photos are not opened before they are wanted
     with pytest.raises(D2SSLError, match="bad.jpg: cannot be read"):
         DatasetCatalog.get("test_folder")

@@ -35,9 +35,9 @@ def register_dataset(
             Must be picklable: it runs in several processes, for the photos that are used.
         metadata: goes to MetadataCatalog.
     """
+    _PARTS.pop(name, None)
     if name in DatasetCatalog.list():
         DatasetCatalog.remove(name)
-        _PARTS.pop(name, None)
         if name in MetadataCatalog.list():  # a set's metadata cannot be changed, only replaced
             MetadataCatalog.remove(name)
     if decode is None:
@@ -84,7 +84,8 @@ def fingerprint(dicts: list[dict]) -> str:
     Returns:
         16 hexadecimal digits over file names, ids, sizes and annotations, in their order.
     """
-    keys = ("file_name", "image_id", "height", "width", "annotations")
+    truth = ("annotations", "category_id", "coarse_category_id", "sem_seg_file_name")
+    keys = ("file_name", "image_id", "height", "width", *truth)
     content = [{key: entry.get(key) for key in keys} for entry in dicts]
     text = json.dumps(content, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

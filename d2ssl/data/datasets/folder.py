@@ -2,32 +2,39 @@
 
 import os
 from functools import partial
+from typing import Any
 
 from d2ssl.data.datasets.catalog import register_dataset
-from d2ssl.data.photos import photo_size
+from d2ssl.data.datasets.files import require_folder
+from d2ssl.data.photos import add_size
 from d2ssl.errors import D2SSLError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def register_image_folder(name: str, folder: str) -> None:
-    """Register all photos under ``folder`` as ``name``; nothing is read before it is used."""
-    register_dataset(name, partial(load_image_folder, folder))
-
-
-def load_image_folder(folder: str) -> list[dict]:
+def register_image_folder(
+    name: str, root: str, how: str = "check the path", **metadata: Any
+) -> None:
     """
-    All photos under a folder and its sub-folders, hidden ones left out.
+    Register all photos under a folder as ``name``; nothing is read before it is used.
 
-    Returns:
-        Detectron2's standard dicts without annotations, sorted by path, image_id counting
-        from 0. Only the photos' headers are read.
+    Args:
+        name: of the set.
+        root: the folder; its sub-folders count too, hidden ones and hidden files do not.
+        how: what to do if there is no such folder, for the message.
+        metadata: of the set.
+    """
+    register_dataset(name, partial(list_photos, root, how), add_size, **metadata)
+
+
+def list_photos(folder: str, how: str = "check the path") -> list[dict]:
+    """
+    Dicts of all photos under a folder, without sizes, sorted by path, image_id counting from 0.
 
     Raises:
-        D2SSLError: there is no such folder, no photo in it, or a photo cannot be read.
+        D2SSLError: there is no such folder, or no photo in it.
     """
-    if not os.path.isdir(folder):
-        raise D2SSLError(f"{folder}: no such folder; check the path")
+    require_folder(folder, how)
     files = []
     for parent, children, names in os.walk(folder):
         children[:] = [child for child in children if not child.startswith(".")]
@@ -35,8 +42,4 @@ def load_image_folder(folder: str) -> list[dict]:
         files += [os.path.join(parent, photo) for photo in photos]
     if not files:
         raise D2SSLError(f"{folder}: no photo in it; put files with {', '.join(SUFFIXES)} there")
-    dicts = []
-    for image_id, file in enumerate(sorted(files)):
-        height, width = photo_size(file)
-        dicts.append({"file_name": file, "image_id": image_id, "height": height, "width": width})
-    return dicts
+    return [{"file_name": file, "image_id": i} for i, file in enumerate(sorted(files))]
