@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from d2ssl.atomic import atomic_folder
-from d2ssl.data.datasets.via import crosses_itself
+from d2ssl.data.datasets.outlines import crosses_itself
 from d2ssl.errors import D2SSLError
 
 _VERSION = 1  # raise it when the drawing changes, so that older folders are written anew
