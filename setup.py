@@ -18,6 +18,8 @@ setup(
         "pycocotools>=2.0.7,<2.1",
         # Headless: it needs no libGL. Never beside another opencv-*, since all own the module cv2.
         "opencv-python-headless>=4.6,<6",
+        "ImageHash>=4.3,<5",
+        "ijson>=3.1,<4",
         "scikit-image>=0.20,<0.27",
         "scipy>=1.9,<2",
         "shapely>=2.0,<3",  # fvcore crops polygons with it
