@@ -27,8 +27,11 @@ AUTO_KEYS = {  # and what else they may be
     "SSL.MOMENTUM": "a number above 0 and up to 1",
     "SSL.QUEUE.SIZE": "a whole number above 0",
 }
+CLASSES = "SSL.FINETUNE.WEIGHTS_CLASSES"  # a name or a tuple of names
 PAIR = ([str, float], [str, int])  # an entry of SSL.METHODS
 BATCH_NORMS = ("FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN")
+# DATALOADER.SAMPLER_TRAIN, see d2ssl.data.sampling; the last is not Detectron2's.
+SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "ClassBalancedSampler")
 
 
 def add_ssl_config(cfg: CN) -> None:
@@ -120,6 +123,8 @@ def add_ssl_config(cfg: CN) -> None:
     ssl.FINETUNE.FROZEN_PARTS = ()  # e.g. ("STEM", "RES2", "FPN"); needs UNFREEZE_ITER
     ssl.FINETUNE.UNFREEZE_ITER = 0  # they train from this iteration on
     ssl.FINETUNE.CALIBRATE_NORMS = "auto"  # "auto": from random weights; "always"; "never"
+    ssl.FINETUNE.FIT_PREDICTORS = "auto"  # weights for other classes: keep those of equal names
+    ssl.FINETUNE.WEIGHTS_CLASSES = ""  # "coco" or names, where the weights do not say themselves
     ssl.FINETUNE.EMA_DECAY = 0.0  # e.g. 0.998: evaluate and save the averaged weights
     ssl.FINETUNE.VAL_LOSS = True  # with TEST.EVAL_PERIOD: the losses on the test photos as well
     ssl.FINETUNE.DEV_DATASET = ""  # a set apart from the test set; keeps model_best.pth
@@ -161,10 +166,10 @@ def load_cfg(config_file: str = "", opts=()) -> CN:
 
 @contextlib.contextmanager
 def _any_type(cfg: CN):
-    """Inside, "auto" may be replaced by a number and a number by "auto": yacs refuses another type
-    than the default's, unless that is None."""
-    before = {key: get_key(cfg, key) for key in AUTO_KEYS}
-    for key in AUTO_KEYS:
+    """Inside, "auto" may be replaced by a number and a number by "auto", a name by a tuple of them:
+    yacs refuses another type than the default's, unless that is None."""
+    before = {key: get_key(cfg, key) for key in (*AUTO_KEYS, CLASSES)}
+    for key in before:
         set_key(cfg, key, None)
     yield
     for key, value in before.items():
@@ -249,6 +254,27 @@ def _check(cfg: CN) -> None:
         )
     calibrate = ssl.FINETUNE.CALIBRATE_NORMS
     one_of("SSL.FINETUNE.CALIBRATE_NORMS", calibrate, ("auto", "always", "never"))
+    one_of("SSL.FINETUNE.FIT_PREDICTORS", ssl.FINETUNE.FIT_PREDICTORS, ("auto", "never"))
+    names = ssl.FINETUNE.WEIGHTS_CLASSES
+    require(
+        names in ("", "coco")
+        or isinstance(names, (list, tuple))
+        and all(isinstance(n, str) for n in names)
+        and len(set(names)) == len(names),
+        f'{CLASSES} {names}: give "coco", or the names in their order, ("cat", "dog")',
+    )
+    sampler, threshold = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD
+    require(
+        sampler != "RandomSubsetTrainingSampler",
+        f"DATALOADER.SAMPLER_TRAIN {sampler}: name a part of the set in DATASETS.TRAIN instead, "
+        "e.g. my_train@16#seed3",
+    )
+    one_of("DATALOADER.SAMPLER_TRAIN", sampler, SAMPLERS)
+    require(
+        sampler != "RepeatFactorTrainingSampler" or 0 < threshold <= 1,
+        f"DATALOADER.REPEAT_THRESHOLD {threshold}: give the share of photos below which a class "
+        "is rare, above 0 and up to 1, e.g. 0.001",
+    )
     for part in ssl.FINETUNE.FROZEN_PARTS:
         one_of("SSL.FINETUNE.FROZEN_PARTS", part, tuple(ssl.FINETUNE.LR_FACTOR))
     low, high = ssl.INPUT.CROP_SCALE
@@ -320,10 +346,13 @@ def stock_cfg(cfg: CN) -> CN:
     """:func:`finetune_cfg` without the ``SSL`` node: the network in plain Detectron2 terms.
 
     Data sets must be registered by whoever trains with it; ``balloon_train@16`` is d2ssl's name.
+    ``ClassBalancedSampler`` is d2ssl's too: stock Detectron2 gets its default.
     """
     cfg = finetune_cfg(cfg)
     cfg.defrost()
     del cfg["SSL"]
+    if cfg.DATALOADER.SAMPLER_TRAIN == "ClassBalancedSampler":
+        cfg.DATALOADER.SAMPLER_TRAIN = "TrainingSampler"
     cfg.OUTPUT_DIR = os.path.join(os.path.dirname(cfg.OUTPUT_DIR), "stock")
     cfg.freeze()
     return cfg

@@ -31,6 +31,23 @@ def test_stock_config_is_plain_detectron2():
     assert "SSL" not in stock
 
 
+def test_what_is_only_d2ssls_stays_out_of_the_stock_config():
+    theirs = "RepeatFactorTrainingSampler"
+    for sampler, expected in (("ClassBalancedSampler", "TrainingSampler"), (theirs, theirs)):
+        opts = ["DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", "0.1"]
+        cfg = stock_cfg(load_cfg(opts=[*PHOTOS, *opts]))
+        assert cfg.DATALOADER.SAMPLER_TRAIN == expected
+
+
+@pytest.mark.parametrize("value", ["coco", "('cat', 'dog')", "['cat']", ""])
+def test_classes_of_weights_are_a_name_or_names(value, tmp_path):
+    cfg = load_cfg(opts=[*PHOTOS, "SSL.FINETUNE.WEIGHTS_CLASSES", value])
+    (tmp_path / "again.yaml").write_text(cfg.dump())
+    names = cfg.SSL.FINETUNE.WEIGHTS_CLASSES
+    assert names == (value if value in ("coco", "") else eval(value))
+    assert [*load_cfg(str(tmp_path / "again.yaml")).SSL.FINETUNE.WEIGHTS_CLASSES] == [*names]
+
+
 @pytest.mark.parametrize(
     "opts, message",
     [
@@ -50,6 +67,18 @@ def test_stock_config_is_plain_detectron2():
         (["SSL.CALIBRATION_PHOTOS", "0"], "give 2 or more"),
         (["INPUT.FORMAT", "L"], "choose from BGR, RGB"),
         (["SOLVER.BIAS_LR_FACTOR", "2.0"], "not supported"),
+        (["DATALOADER.SAMPLER_TRAIN", "ClassSampler"], "SAMPLER_TRAIN ClassSampler: choose from"),
+        (
+            ["DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"],
+            "name a part of the set in DATASETS.TRAIN instead, e.g. my_train@16#seed3",
+        ),
+        (
+            ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"],
+            "DATALOADER.REPEAT_THRESHOLD 0.0: give the share",
+        ),
+        (["SSL.FINETUNE.FIT_PREDICTORS", "always"], "choose from auto, never"),
+        (["SSL.FINETUNE.WEIGHTS_CLASSES", "lvis"], "WEIGHTS_CLASSES lvis: give .coco., or the"),
+        (["SSL.FINETUNE.WEIGHTS_CLASSES", "('a','a')"], "give .coco., or the names"),
         (["DATASETS.TEST", "('a',)", "SSL.FINETUNE.DEV_DATASET", "a"], "also in DATASETS.TEST"),
     ],
 )

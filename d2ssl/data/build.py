@@ -4,18 +4,21 @@ import importlib
 import logging
 import math
 import os
+import sys
 from typing import FrozenSet, List, Sequence
 
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
+from d2ssl.data.cache import default_cache_dir
 from d2ssl.data.datasets import ensure_registered
 from d2ssl.data.loader import StreamLoader
-from d2ssl.data.mapper import DetectionMapper, PretextMapper
+from d2ssl.data.mapper import DetectionMapper, PretextMapper, has_rle
 from d2ssl.data.photos import PhotoStore, read_photo
 from d2ssl.data.proposals import attach_proposals
 from d2ssl.data.regions import attach_regions
+from d2ssl.data.sampling import build_order
 from d2ssl.data.views import photo_side
 from d2ssl.errors import D2SSLError
 
@@ -28,17 +31,33 @@ def register_datasets(cfg) -> None:
     Raises:
         D2SSLError: a module or function that is not there, or an unknown data set.
     """
-    for entry in cfg.SSL.REGISTER:
+    call_register_functions(cfg.SSL.REGISTER)
+    ensure_registered(dataset_names(cfg))
+
+
+def call_register_functions(entries: Sequence[str], option: str = "SSL.REGISTER") -> None:
+    """Call the user's functions, each given as ``my_module:my_function``.
+
+    Modules are looked for as Python does, and then in the current folder.
+
+    Args:
+        option: where the user wrote them, for the message.
+
+    Raises:
+        D2SSLError: a module or function that is not there.
+    """
+    if entries and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for entry in entries:
         module, _, function = entry.partition(":")
         try:
             register = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError, ValueError) as error:
             raise D2SSLError(
-                f"SSL.REGISTER {entry}: {error}; write my_module:my_function, with the module on "
-                "PYTHONPATH"
+                f"{option} {entry}: {error}; write my_module:my_function, with the module in "
+                "this folder or on PYTHONPATH"
             ) from error
         register()
-    ensure_registered(dataset_names(cfg))
 
 
 def dataset_names(cfg) -> List[str]:
@@ -65,8 +84,7 @@ def load_dicts(names: Sequence[str]) -> List[dict]:
 
 def cache_dir(cfg) -> str:
     """Where proposals are kept between runs."""
-    default = os.environ.get("D2SSL_CACHE", os.path.join("~", ".cache", "d2ssl"))
-    return os.path.expanduser(cfg.SSL.PROPOSALS.CACHE_DIR or default)
+    return os.path.expanduser(cfg.SSL.PROPOSALS.CACHE_DIR or default_cache_dir())
 
 
 def _store(cfg, dicts: List[dict], short_side: int) -> PhotoStore:
@@ -116,7 +134,8 @@ def _cores() -> int:
 
 
 def build_finetune_loader(cfg) -> StreamLoader:
-    """Labelled photos of ``cfg.DATASETS.TRAIN`` through Detectron2's own augmentations."""
+    """Labelled photos of ``cfg.DATASETS.TRAIN`` through Detectron2's own augmentations, in the
+    order of ``DATALOADER.SAMPLER_TRAIN``."""
     dicts = load_dicts(cfg.DATASETS.TRAIN)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         labelled = [d for d in dicts if any(not a.get("iscrowd") for a in d.get("annotations", []))]
@@ -126,15 +145,23 @@ def build_finetune_loader(cfg) -> StreamLoader:
             logger.info("%d photos without annotation left out", len(dicts) - len(labelled))
         dicts = labelled
     store = _store(cfg, dicts, max(cfg.INPUT.MIN_SIZE_TRAIN))
-    mapper = DetectionMapper(cfg, store.get)
-    solver, workers = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS
-    return StreamLoader(dicts, mapper, solver.IMS_PER_BATCH, cfg.SEED, workers)
+    mapper = DetectionMapper(cfg, store.get, mask_format=mask_format(cfg, dicts))
+    solver, workers, order = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, build_order(cfg, dicts)
+    return StreamLoader(dicts, mapper, solver.IMS_PER_BATCH, cfg.SEED, workers, order)
+
+
+def mask_format(cfg, dicts: List[dict]) -> str:
+    """``INPUT.MASK_FORMAT``, or "bitmask" where masks are such that "polygon" cannot hold them."""
+    if not (cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon" and has_rle(dicts)):
+        return cfg.INPUT.MASK_FORMAT
+    logger.info("INPUT.MASK_FORMAT bitmask in place of polygon: some masks are RLE (with holes)")
+    return "bitmask"
 
 
 def build_validation_batches(cfg, names: Sequence[str], limit: int = 64) -> List[List[dict]]:
     """Up to ``limit`` annotated photos at test size, one a batch, held in memory."""
     dicts = [d for d in load_dicts(names) if d.get("annotations")]
-    mapper = _test_mapper(cfg)
+    mapper = _test_mapper(cfg, mask_format(cfg, dicts))
     return [[mapper(d)] for d in _spread(dicts, limit)]
 
 
@@ -162,9 +189,10 @@ def _equal_crops(images: List[torch.Tensor]) -> List[torch.Tensor]:
     return [i[:, t : t + height, x : x + width] for i, t, x in zip(images, tops, lefts)]
 
 
-def _test_mapper(cfg) -> DetectionMapper:
+def _test_mapper(cfg, mask_format: str = "") -> DetectionMapper:
     size = cfg.INPUT.MIN_SIZE_TEST  # 0: Detectron2 does not resize
-    return DetectionMapper(cfg, PhotoStore(size).get if size else read_photo, is_train=False)
+    read = PhotoStore(size).get if size else read_photo
+    return DetectionMapper(cfg, read, is_train=False, mask_format=mask_format)
 
 
 def _spread(dicts: List[dict], limit: int) -> List[dict]:

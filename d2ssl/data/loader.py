@@ -10,25 +10,15 @@ exceed the data set.
 import contextlib
 import functools
 import random
-from typing import Callable, List, Sequence
+from typing import Callable, List, Optional, Sequence
 
 import numpy as np
 import torch
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from d2ssl.data.sampling import Order, photo_at
 from d2ssl.errors import D2SSLError
-
-
-def photo_at(position: int, num_photos: int, seed: int) -> int:
-    """Index of the photo at a position of the stream: one permutation after another."""
-    epoch, place = divmod(position, num_photos)
-    return int(_permutation(num_photos, seed, epoch)[place])
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(num_photos: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(num_photos)
 
 
 @contextlib.contextmanager
@@ -50,13 +40,20 @@ def random_state(*key: int):
 class PhotoStream(Dataset):
     """Position in the stream -> what ``mapper`` makes of that photo, under its own random state."""
 
-    def __init__(self, dataset_dicts: Sequence[dict], mapper: Callable, seed: int):
+    def __init__(
+        self,
+        dataset_dicts: Sequence[dict],
+        mapper: Callable,
+        seed: int,
+        order: Optional[Order] = None,
+    ):
         if not dataset_dicts:
             raise D2SSLError("the data set has no photo to train on")
         self.dicts, self.mapper, self.seed = dataset_dicts, mapper, seed
+        self.order = order or functools.partial(photo_at, num_photos=len(dataset_dicts), seed=seed)
 
     def __getitem__(self, position: int) -> dict:
-        index = photo_at(position, len(self.dicts), self.seed)
+        index = self.order(position)
         with random_state(self.seed, 1, position):  # 1: apart from the permutations' states
             return {**self.mapper(self.dicts[index]), "index": index, "position": position}
 
@@ -84,16 +81,25 @@ class StreamLoader:
 
     Args:
         batch_size: photos a step, over all processes.
+        order: which photo stands where; default: one permutation after another.
     """
 
-    def __init__(self, dataset_dicts, mapper, batch_size: int, seed: int, num_workers: int = 0):
+    def __init__(
+        self,
+        dataset_dicts,
+        mapper,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        order: Optional[Order] = None,
+    ):
         world = comm.get_world_size()
         if batch_size < world or batch_size % world:
             raise D2SSLError(
                 f"IMS_PER_BATCH {batch_size} cannot be shared by {world} processes; "
                 f"use a multiple of {world}"
             )
-        self.stream = PhotoStream(dataset_dicts, mapper, seed)
+        self.stream = PhotoStream(dataset_dicts, mapper, seed, order)
         self.batch_size, self.num_workers = batch_size, num_workers
         self.start_iter = 0
 

@@ -140,14 +140,26 @@ class PretextMapper:
         return images
 
 
+def has_rle(dataset_dicts: Sequence[dict]) -> bool:
+    """Whether a mask is run-length coded, as those with holes are; crowds are never learnt from."""
+    annotations = (a for d in dataset_dicts for a in d.get("annotations", ()))
+    return any(
+        isinstance(a.get("segmentation"), dict) and not a.get("iscrowd") for a in annotations
+    )
+
+
 class DetectionMapper(DatasetMapper):
     """Detectron2's training mapper on photos that are already decoded and scaled down.
 
     Boxes and masks are scaled along; augmentations, filters and output are the stock ones.
+
+    Args:
+        mask_format: default: ``INPUT.MASK_FORMAT``; "polygon" takes no run-length coded mask.
     """
 
-    def __init__(self, cfg, read_photo: Callable, is_train: bool = True):
+    def __init__(self, cfg, read_photo: Callable, is_train: bool = True, mask_format: str = ""):
         stock = DatasetMapper.from_config(cfg, True)  # True: keep the annotations
+        stock["instance_mask_format"] = mask_format or cfg.INPUT.MASK_FORMAT
         if not is_train:
             size, most = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
             stock["augmentations"] = [T.ResizeShortestEdge(size, most, "choice")] if size else []

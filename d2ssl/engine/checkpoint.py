@@ -2,14 +2,16 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Dict, List
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import MetadataCatalog
 from torch import nn
 
 from d2ssl.atomic import atomic_open
 from d2ssl.errors import D2SSLError
+from d2ssl.modeling.predictors import class_names, describe_fit, fit_predictors, predictors_in
 from d2ssl.modeling.trunk import part_of
 
 
@@ -37,6 +39,7 @@ class MatchReport:
     missing: List[str] = field(default_factory=list)  # in the model, not in the file
     unused: List[str] = field(default_factory=list)  # in the file, not in the model
     mismatched: List[str] = field(default_factory=list)  # in both, shapes differ
+    predictors: str = ""  # what was done to those for other classes
 
     def by_part(self) -> Dict[str, Dict[str, int]]:
         """part -> counts of loaded, missing and mismatched tensors."""
@@ -55,7 +58,8 @@ class MatchReport:
             for part, row in self.by_part().items()
         ]
         unused = f"  {len(self.unused)} tensors of the file are not used" if self.unused else ""
-        return "\n".join(filter(None, [f"Weights {self.path}:", *rows, unused]))
+        fitted = f"  predictors: {self.predictors}" if self.predictors else ""
+        return "\n".join(filter(None, [f"Weights {self.path}:", *rows, unused, fitted]))
 
 
 def _convolution_bias_to_norm(file: dict, model: dict) -> None:
@@ -69,16 +73,45 @@ def _convolution_bias_to_norm(file: dict, model: dict) -> None:
             file[moved] = file.pop(name)
 
 
-class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, writing atomically and reporting what it loaded."""
+def _fit_predictors(checkpoint: dict, model: dict, classes, file_classes) -> str:
+    """Make predictors of the file ones for ``classes``, in place; what was done, in words."""
+    file = checkpoint["model"]
+    names = predictors_in(file)
+    if not classes or not names:
+        return ""
+    file_classes = checkpoint.get("thing_classes") or file_classes
+    if not file_classes:
+        if all(n not in model or file[n].shape == model[n].shape for n in names):
+            return ""
+        return "for other classes, none kept; SSL.FINETUNE.WEIGHTS_CLASSES can say which these are"
+    if [*file_classes] == [*classes]:
+        return ""
+    fitted = fit_predictors(file, file_classes, classes)
+    # A single class's rows can be the same for all classes, which only the model knows.
+    fitted = {n: v for n, v in fitted.items() if n in model and v.shape == model[n].shape}
+    file.update(fitted)
+    return describe_fit(file_classes, classes) if fitted else ""
 
-    def __init__(self, *args, **kwargs):
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, writing atomically and reporting what it loaded.
+
+    Args:
+        classes: names of the model's classes, saved with it as ``thing_classes``.
+    """
+
+    def __init__(self, *args, classes: Sequence[str] = (), **kwargs):
         super().__init__(*args, **kwargs)
         self.path_manager = _AtomicPaths(self.path_manager)
+        self._extra = {"thing_classes": [*classes]} if classes else {}
+        self._wanted = (), ()
+        self._fit = ""
         self._incompatible = None
 
     def _load_model(self, checkpoint):
-        _convolution_bias_to_norm(checkpoint["model"], self.model.state_dict())
+        model = self.model.state_dict()
+        _convolution_bias_to_norm(checkpoint["model"], model)
+        self._fit = _fit_predictors(checkpoint, model, *self._wanted)
         self._incompatible = super()._load_model(checkpoint)
         return self._incompatible
 
@@ -92,23 +125,34 @@ class Checkpointer(DetectionCheckpointer):
         super()._convert_ndarray_to_tensor(state_dict)
         self._names = set(state_dict)  # the last call comes with the names as they are loaded
 
+    def save(self, name: str, **kwargs) -> None:
+        super().save(name, **self._extra, **kwargs)
+
     def save_weights(self, name: str) -> str:
         """Write ``<name>.pth`` with the model alone, not a state to resume from; its path."""
         path = os.path.join(self.save_dir, f"{name}.pth")
         if self.save_to_disk:
             with atomic_open(path, "wb") as file:
-                torch.save({"model": self.model.state_dict()}, file)
+                torch.save({"model": self.model.state_dict(), **self._extra}, file)
         return path
 
     def _log_incompatible_keys(self, incompatible) -> None:
         """The match report says it better; the stock warning lists every name."""
 
-    def load_report(self, path: str) -> MatchReport:
+    def load_report(
+        self, path: str, classes: Sequence[str] = (), file_classes: Sequence[str] = ()
+    ) -> MatchReport:
         """Load weights and say what they matched.
+
+        Args:
+            classes: of the model, that box and mask predictors are fitted to by name; none: these
+                are loaded where their shapes are the same.
+            file_classes: of the file, where it does not say itself.
 
         Raises:
             D2SSLError: no such file, not a checkpoint, or not one tensor of it fits.
         """
+        self._wanted = classes, file_classes
         try:
             self.load(path, checkpointables=[])
         except Exception as error:  # what is no checkpoint can raise anything while it is unpickled
@@ -124,6 +168,7 @@ class Checkpointer(DetectionCheckpointer):
             missing=[n for n in names if n not in self._names and n not in mismatched],
             unused=list(self._incompatible.unexpected_keys),
             mismatched=mismatched,
+            predictors=self._fit,
         )
         if not report.loaded:
             raise D2SSLError(
@@ -132,8 +177,32 @@ class Checkpointer(DetectionCheckpointer):
         return report
 
 
-def load_weights(model: nn.Module, path: str) -> MatchReport:
-    """Load weights into a model; an empty path loads nothing and reports all as missing."""
+def load_weights(
+    model: nn.Module, path: str, classes: Sequence[str] = (), file_classes: Sequence[str] = ()
+) -> MatchReport:
+    """Load weights into a model; an empty path loads nothing and reports all as missing.
+
+    ``classes`` and ``file_classes`` as in :meth:`Checkpointer.load_report`.
+    """
     if not path:
         return MatchReport("none, all random", missing=list(model.state_dict()))
-    return Checkpointer(model).load_report(path)
+    return Checkpointer(model).load_report(path, classes, file_classes)
+
+
+def training_classes(cfg) -> List[str]:
+    """Names of the detector's classes, those of the training set; none where it has no names.
+
+    They may be known only once the set was loaded.
+    """
+    for name in cfg.DATASETS.TRAIN:
+        names = MetadataCatalog.get(name).get("thing_classes") or []
+        if len(names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            return list(names)
+    return []
+
+
+def fitting(cfg) -> Tuple[List[str], List[str]]:
+    """``classes`` and ``file_classes`` of :func:`load_weights`, as ``SSL.FINETUNE`` wants them."""
+    options = cfg.SSL.FINETUNE
+    classes = training_classes(cfg) if options.FIT_PREDICTORS == "auto" else []
+    return classes, class_names(options.WEIGHTS_CLASSES)

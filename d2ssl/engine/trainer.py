@@ -22,7 +22,13 @@ from d2ssl.data.build import (
     calibration_batches,
 )
 from d2ssl.engine import hooks as d2ssl_hooks
-from d2ssl.engine.checkpoint import Checkpointer, MatchReport, load_weights
+from d2ssl.engine.checkpoint import (
+    Checkpointer,
+    MatchReport,
+    fitting,
+    load_weights,
+    training_classes,
+)
 from d2ssl.engine.coco import build_evaluator, flatten
 from d2ssl.engine.launch import distribute
 from d2ssl.engine.precision import apply_precision
@@ -62,12 +68,14 @@ class Trainer(DefaultTrainer):
         self.loader = self.build_train_loader(cfg)
         resume = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
         if not resume:
-            self.start_from(load_weights(self.weights_target(), cfg.MODEL.WEIGHTS))
+            self.start_from(self.load_weights())
         apply_precision(self.module, self.uses_bf16())
         optimizer = self.build_optimizer(cfg, self.module)
         model = distribute(self.module, self.find_unused_parameters)
         self._trainer = SimpleTrainer(model, self.loader, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = Checkpointer(
+            model, cfg.OUTPUT_DIR, classes=self.classes(), trainer=weakref.proxy(self)
+        )
         self.register_hooks(self.build_hooks())
         if resume:
             self._load_checkpoint()
@@ -89,9 +97,13 @@ class Trainer(DefaultTrainer):
 
     # What a stage fills in.
 
-    def weights_target(self) -> nn.Module:
-        """The module that ``MODEL.WEIGHTS`` is loaded into."""
-        return self.module
+    def load_weights(self) -> MatchReport:
+        """Load ``MODEL.WEIGHTS`` for a fresh start."""
+        raise NotImplementedError
+
+    def classes(self) -> List[str]:
+        """Names of the model's classes; none where it has none."""
+        return []
 
     def start_from(self, report: MatchReport) -> None:
         """Make the norms fit, after weights were loaded for a fresh start."""
@@ -186,8 +198,8 @@ class PretrainTrainer(Trainer):
     def build_model(cls, cfg):
         return norm.synchronize(PretextModel(cfg).to(cfg.MODEL.DEVICE))
 
-    def weights_target(self):
-        return self.module.trunk
+    def load_weights(self):
+        return load_weights(self.module.trunk, self.cfg.MODEL.WEIGHTS)
 
     def start_from(self, report):
         super().start_from(report)
@@ -286,6 +298,12 @@ class FinetuneTrainer(Trainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
         return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+    def load_weights(self):
+        return load_weights(self.module, self.cfg.MODEL.WEIGHTS, *fitting(self.cfg))
+
+    def classes(self):
+        return training_classes(self.cfg)
 
     def start_from(self, report):
         super().start_from(report)

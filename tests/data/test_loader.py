@@ -1,3 +1,4 @@
+import copy
 import itertools
 import random
 
@@ -5,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from d2ssl.data.loader import StreamLoader, photo_at, random_state
+from d2ssl.data.loader import StreamLoader, random_state
+from d2ssl.data.sampling import ClassBalancedOrder, RepeatFactorOrder, repeat_factors
 from d2ssl.errors import D2SSLError
 
 
@@ -26,28 +28,40 @@ def batches(count, start=0, **kwargs):
     return list(itertools.islice(loader, count))
 
 
-def test_every_photo_once_an_epoch_and_orders_differ():
-    epochs = [[photo_at(e * 7 + i, 7, seed=0) for i in range(7)] for e in range(3)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
+# Photo 0 alone has the class 1, and photo 6 none.
+CLASSES = [{1}, {0}, {0}, {0}, {0}, {0}, set()]
+ORDERS = [None, RepeatFactorOrder(repeat_factors(CLASSES, 0.5), 5), ClassBalancedOrder(CLASSES, 5)]
+each_order = pytest.mark.parametrize("order", ORDERS, ids=["plain", "repeated", "balanced"])
 
 
-def test_resume_continues_exactly():
-    assert batches(6)[4:] == batches(2, start=4)
+@each_order
+def test_resume_continues_exactly(order):
+    anew = copy.deepcopy(order)  # what a new process knows
+    assert batches(9, order=order)[7:] == batches(2, start=7, order=anew)
 
 
-def test_workers_do_not_matter():
-    assert batches(5) == batches(5, num_workers=2)
+@each_order
+def test_workers_do_not_matter(order):
+    assert batches(7, order=order) == batches(7, num_workers=2, order=copy.deepcopy(order))
 
 
-def test_processes_share_a_batch(monkeypatch):
-    whole = batches(4, batch_size=6)
+@each_order
+def test_processes_share_a_batch(monkeypatch, order):
+    whole = batches(4, batch_size=6, order=order)
     parts = []
     monkeypatch.setattr("d2ssl.data.loader.comm.get_world_size", lambda: 2)
     for rank in range(2):
         monkeypatch.setattr("d2ssl.data.loader.comm.get_rank", lambda rank=rank: rank)
-        parts.append(batches(4, batch_size=6))
+        parts.append(batches(4, batch_size=6, order=order))
     assert [a + b for a, b in zip(*parts)] == whole
+
+
+def test_an_order_decides_the_photos():
+    plain, repeated, balanced = (
+        np.bincount([x["photo"] for batch in batches(14, order=o) for x in batch]) for o in ORDERS
+    )
+    assert plain.tolist() == [6] * 7
+    assert repeated[0] > 8 and balanced[[0, 6]].tolist() == [14, 14]
 
 
 def test_a_photo_is_drawn_anew_each_time_and_seeds_differ():

@@ -5,12 +5,20 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetMapper
+from detectron2.structures import PolygonMasks
 from torch.nn import functional as F
 
 from d2ssl.config import finetune_cfg, pretrain_cfg
-from d2ssl.data.build import build_pretrain_loader, load_dicts
+from d2ssl.data.build import (
+    build_finetune_loader,
+    build_pretrain_loader,
+    build_validation_batches,
+    load_dicts,
+)
+from d2ssl.data.datasets import register_dataset
 from d2ssl.data.loader import random_state
 from d2ssl.data.mapper import DetectionMapper, PretextMapper, to_tensor
+from d2ssl.data.masks import mask_annotation
 from d2ssl.data.photos import PhotoStore, read_photo
 from d2ssl.data.regions import grid_regions
 from d2ssl.data.views import View
@@ -211,6 +219,85 @@ def test_masks_follow_a_photo_that_was_scaled_down(tiny_cfg):
     assert (full["image"].float() - small["image"].float()).abs().mean() < 4
     a, b = full["instances"].gt_boxes.tensor, small["instances"].gt_boxes.tensor
     torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+
+
+@pytest.fixture
+def ring_set(tmp_path):
+    """A photo of 200 x 300, red on its left half, with a square ring (RLE), a polygon, a crowd."""
+    photo = np.zeros((200, 300, 3), np.uint8)
+    photo[:, :150, 2] = 255
+    cv2.imwrite(str(tmp_path / "ring.png"), photo)
+    ring = np.zeros((200, 300), bool)
+    ring[100:160, 200:260] = True
+    ring[120:140, 224:248] = False
+    square = np.zeros_like(ring)
+    square[40:80, 40:80] = True
+    masks = [mask_annotation(ring, 0), mask_annotation(square, 0), mask_annotation(square, 0, 1)]
+    assert [type(m["segmentation"]) for m in masks] == [dict, list, dict]
+    entry = {"file_name": str(tmp_path / "ring.png"), "image_id": 0, "height": 200, "width": 300}
+    register_dataset("ring", lambda: [copy.deepcopy({**entry, "annotations": masks})],
+                     thing_classes=["ring"])  # fmt: skip
+    return masks, ring
+
+
+def ring_cfg(tiny_cfg, *opts):
+    opts = ["DATASETS.TRAIN", "('ring',)", "INPUT.MIN_SIZE_TRAIN", "(100,50)", *opts]
+    return finetune_cfg(tiny_cfg("SSL.ENABLED", "False", "INPUT.MAX_SIZE_TRAIN", "500", *opts))
+
+
+def test_run_length_masks_are_scaled_and_flipped_along(tiny_cfg, ring_set, caplog):
+    cfg = ring_cfg(tiny_cfg, "INPUT.FORMAT", "RGB")
+    with caplog.at_level("INFO", "d2ssl"):
+        stream = build_finetune_loader(cfg).stream  # in memory the photo is 100 x 150
+    assert "INPUT.MASK_FORMAT bitmask in place of polygon" in caplog.text
+    seen = set()
+    for position in range(16):
+        item = stream[position]
+        masks, size = item["instances"].gt_masks.tensor.numpy(), item["image"].shape[1:]
+        flipped = bool(item["image"][0, 0, 0] == 0)
+        ring, square = np.zeros(size, bool), np.zeros(size, bool)
+        n = 200 // size[0]  # both sizes divide all coordinates
+        ring[100 // n : 160 // n, 200 // n : 260 // n] = True
+        ring[120 // n : 140 // n, 224 // n : 248 // n] = False
+        square[40 // n : 80 // n, 40 // n : 80 // n] = True
+        for mask, expected in zip(masks, (ring, square)):
+            expected = expected[:, ::-1] if flipped else expected
+            assert (mask ^ expected).sum() <= (0 if expected.sum() == ring.sum() else 2 * 80 // n)
+        assert len(masks) == 2  # no crowd
+        assert item["instances"].gt_classes.tolist() == [0, 0]
+        seen.add((n, flipped))
+    assert seen == {(2, False), (2, True), (4, False), (4, True)}
+
+
+def test_run_length_masks_at_any_scale(tiny_cfg, ring_set):
+    """Against the mask scaled by area averaging, which is another rounding of the same shape."""
+    _, ring = ring_set
+    cfg = ring_cfg(tiny_cfg, "INPUT.MIN_SIZE_TEST", "73")
+    ((item,),) = build_validation_batches(cfg, ["ring"])
+    mask = item["instances"].gt_masks.tensor[0].numpy()
+    assert mask.shape == (73, 110)
+    scaled = cv2.resize(ring.astype(np.float32), (110, 73), interpolation=cv2.INTER_AREA) > 0.5
+    assert (mask & scaled).sum() / (mask | scaled).sum() > 0.85
+    hole = mask[73 * 122 // 200 : 73 * 138 // 200, 110 * 227 // 300 : 110 * 245 // 300]
+    assert hole.size > 20 and not hole.any()
+
+
+def test_a_detector_learns_from_run_length_masks(tiny_cfg, ring_set):
+    from detectron2.modeling import build_model
+    from detectron2.utils.events import EventStorage
+
+    cfg = ring_cfg(tiny_cfg)
+    item = build_finetune_loader(cfg).stream[0]
+    with EventStorage(0):
+        losses = build_model(cfg)([item])
+    assert 0.5 < losses["loss_mask"].item() < 1  # log 2 for random weights
+
+
+def test_polygons_stay_polygons(tiny_cfg, ring_set):
+    masks, _ = ring_set
+    del masks[0]  # a crowd's RLE, which is never learnt from, does not matter
+    item = build_finetune_loader(ring_cfg(tiny_cfg)).stream[0]
+    assert isinstance(item["instances"].gt_masks, PolygonMasks)
 
 
 def test_annotation_of_another_shape_is_refused(tiny_cfg):

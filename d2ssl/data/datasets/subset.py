@@ -2,22 +2,26 @@
 Parts of a registered set by name, for label-efficiency studies.
 
 ``balloon_train@16`` is the first 16 entries of ``balloon_train``; ``balloon_train@16#seed3`` is a
-random 16 of them. Of one seed the smaller choice lies in the larger, and in each the entries
-keep the order of the whole set.
+random 16 of them, and where a set has several classes a stratified one. Of one seed the smaller
+choice lies in the larger, and in each the entries keep the order of the whole set.
 """
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from d2ssl.data.datasets.catalog import decoder, listed, register_dataset
+from d2ssl.data.datasets.catalog import decoded, decoder, listed, register_dataset
+from d2ssl.data.sampling import classes_of
 from d2ssl.errors import D2SSLError
 
 _NAME = re.compile(r"(?P<base>.+)@(?P<count>[1-9]\d*)(#seed(?P<seed>\d{1,9}))?")
+
+# Classes of each photo where finding them takes decoding: by the set's decoder and file names.
+_DECODED: dict[tuple, list[set[int]]] = {}
 
 
 def ensure_registered(names: Iterable[str]) -> None:
@@ -57,6 +61,43 @@ def choose(total: int, count: int, seed: int | None = None) -> list[int]:
     return sorted(np.random.RandomState(seed).permutation(total)[:count].tolist())
 
 
+def stratify(classes: Sequence[set[int]], count: int, seed: int) -> list[int]:
+    """
+    As :func:`choose` with a seed, in the classes' proportions as far as possible.
+
+    Photos are added one by one: while a class has none yet, a photo of the rarest such class, and
+    then one of the class that lacks most against its share of the set. This is the rule of
+    iterative stratification (Sechidis et al. 2011), but for a single part that grows; they draw
+    for subsets of known sizes. Which photo of the class it is, seed and chance decide: a search
+    for the best one would make the parts of different seeds alike. Photos without any class are a
+    class of their own, apart from coming early. Where all photos have the same classes, the
+    choice is that of :func:`choose`.
+
+    Args:
+        classes: of each photo, see :func:`~d2ssl.data.sampling.classes_of`.
+    """
+    draw = np.random.RandomState(seed)
+    order = draw.permutation(len(classes))
+    columns = draw.permutation(sorted(set().union(*classes)))  # chance decides between equals
+    has = np.array([[c in classes[i] for c in columns] for i in order], dtype=np.int64)
+    has = np.hstack([has, has.sum(1, keepdims=True) == 0])  # NxC+1; the last: without a class
+    total, left = has.sum(0), has.sum(0)
+    free, chosen = np.ones(len(has), bool), []
+    for size in range(1, count + 1):
+        absent = (left == total) & (total > 0)
+        absent[-1] = False
+        if absent.any():
+            wanted = np.where(absent, -total, -total.max() - 1).argmax()
+        else:
+            lack = total * size - (total - left) * len(has)  # in 1 / len(has) photos: exact
+            wanted = np.where(left > 0, lack, lack.min() - 1).argmax()
+        first = (free & (has[:, wanted] == 1)).argmax()
+        free[first] = False
+        left -= has[first]
+        chosen.append(int(order[first]))
+    return sorted(chosen)
+
+
 def _load_part(name: str, base: str, count: int, seed: int | None) -> list[dict]:
     dicts = listed(base)
     _copy_metadata(base, name)  # COCO's loader fills the metadata only now
@@ -64,7 +105,27 @@ def _load_part(name: str, base: str, count: int, seed: int | None) -> list[dict]
         raise D2SSLError(
             f"data set {name!r}: {base} has only {len(dicts)} entries; ask for no more"
         )
-    return [dicts[i] for i in choose(len(dicts), count, seed)]
+    if seed is None or not _has_several_classes(base):
+        chosen = choose(len(dicts), count, seed)
+    else:
+        chosen = stratify(_classes(base, dicts), count, seed)
+    return [dicts[i] for i in chosen]
+
+
+def _has_several_classes(base: str) -> bool:
+    metadata = MetadataCatalog.get(base)
+    return len(metadata.get("thing_classes") or metadata.get("classes") or ()) > 1
+
+
+def _classes(base: str, dicts: list[dict]) -> list[set[int]]:
+    """Classes of each photo. Where only decoding tells, all photos are decoded, once a process."""
+    decode = decoder(base)
+    if decode is None or all("category_id" in d or "annotations" in d for d in dicts):
+        return [classes_of(d) for d in dicts]
+    key = (decode, *(d["file_name"] for d in dicts))
+    if key not in _DECODED:
+        _DECODED[key] = [classes_of(d) for d in decoded(base, dicts)]
+    return _DECODED[key]
 
 
 def _copy_metadata(base: str, name: str) -> None:
