@@ -1,65 +1,23 @@
 """One self-contained page about a run: what it was, its AP, its curves, its pictures."""
 
-import base64
 import html
-import io
 import json
 import math
 import os
-from typing import Dict, Iterable, List, Sequence, Tuple
+from typing import Dict, Iterable, Sequence, Tuple
 
 import detectron2
 import torch
 from PIL import Image
 
 from d2ssl import __version__
-from d2ssl.atomic import atomic_open
 from d2ssl.config import finetune_cfg, get_cfg, method_title, pretrain_cfg, pretrained_path
 from d2ssl.data.build import load_dicts
-from d2ssl.report import plots
+from d2ssl.report import pieces, plots
 from d2ssl.report.pictures import compare_predictions, predictions_file
 
 AP_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SMALL_TEST_SET = 200  # photos; COCO's own validation set has 5000
-
-STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1d2127; --soft: #5d6570; --line: #dfe3e8;
-  --card: #f6f7f9; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #15181d; --ink: #e4e7ec; --soft: #9aa3af; --line: #323842; --card: #1d2127; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 66rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-top: .75rem;
-  border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
-p { margin: .5rem 0; max-width: 46rem; }
-.soft, figcaption { color: var(--soft); font-size: .9rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: 1rem 0; }
-dt { color: var(--soft); }
-dd { margin: 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .9rem; text-align: right; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; color: var(--soft); }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.main { font-weight: 700; }
-figure { margin: 0; }
-img { max-width: 100%; height: auto; display: block; }
-.grid { display: grid; gap: 1.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-.grid img { width: 100%; }
-.scroll img { max-width: none; border-radius: 4px; }
-.photos { display: grid; gap: 1rem; }
-.photos img { border-radius: 4px; }
-figcaption { margin: .3rem 0; overflow-wrap: anywhere; }
-details { margin: 1rem 0; }
-summary { cursor: pointer; }
-pre { background: var(--card); padding: .8rem; overflow-x: auto; font-size: .85rem; }
-@media (max-width: 32rem) { th, td { padding: .35rem .3rem; font-size: .9rem; }
-  dl { font-size: .9rem; } }
-"""
 
 
 def write_report(cfg) -> str:
@@ -73,17 +31,9 @@ def write_report(cfg) -> str:
         path of the page.
     """
     body = [_headline(cfg), _results(cfg), _pretraining(cfg), _finetuning(cfg), _settings(cfg)]
-    title = html.escape(f"{_method(cfg)} on {', '.join(cfg.DATASETS.TRAIN)}")
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(filter(None, body))
-        + "\n</body>\n</html>\n"
-    )
+    title = f"{_method(cfg)} on {', '.join(cfg.DATASETS.TRAIN)}"
     path = os.path.join(cfg.OUTPUT_DIR, "report.html")
-    with atomic_open(path, "w") as file:
-        file.write(page)
+    pieces.write_page(path, title, body)
     return path
 
 
@@ -111,14 +61,14 @@ def _headline(cfg) -> str:
         ("Versions", f"d2ssl {__version__}, Detectron2 {detectron2.__version__}, "
                      f"PyTorch {torch.__version__}"),
     ]  # fmt: skip
-    return f"<h1>{html.escape(_method(cfg))}</h1>\n{_facts(facts)}"
+    return f"<h1>{html.escape(_method(cfg))}</h1>\n{pieces.facts(facts)}"
 
 
 def _results(cfg) -> str:
     path = os.path.join(finetune_cfg(cfg).OUTPUT_DIR, "results.json")
     parts = ["<h2>Average precision</h2>"]
     if not os.path.isfile(path):
-        return parts[0] + _line("Not evaluated yet.")
+        return parts[0] + pieces.line("Not evaluated yet.")
     with open(path) as file:
         results = json.load(file)["results"]
     # Detectron2 puts the set's name around the results when there are several sets.
@@ -140,14 +90,18 @@ def _ap_table(tasks: Dict[str, Dict[str, float]]) -> str:
         for key, value in metrics.items():
             if key.startswith("AP-"):
                 classes.append([key[3:], names.get(task, task).lower(), _number(value)])
-    out = _table(["", *AP_COLUMNS], rows, main=1)
+    out = pieces.table(["", *AP_COLUMNS], rows, main=1)
     if any(row[1] == "–" for row in rows):
-        out += _line("The detector predicted nothing that could be evaluated; read – as 0.")
+        out += pieces.line("The detector predicted nothing that could be evaluated; read – as 0.")
     elif any(cell == "–" for row in rows for cell in row):
-        out += _line("– : the test set has no object of that size (COCO: small under 32², large "
-                     "over 96² pixels).")  # fmt: skip
+        out += pieces.line(
+            "– : the test set has no object of that size (COCO: small under 32², large over 96² "
+            "pixels)."
+        )
     if classes:
-        out += f"<details><summary>By class</summary>{_table(['', '', 'AP'], classes)}</details>"
+        out += (
+            f"<details><summary>By class</summary>{pieces.table(['', '', 'AP'], classes)}</details>"
+        )
     return out
 
 
@@ -156,27 +110,27 @@ def _small_set_note(name: str) -> str:
     if len(dicts) >= SMALL_TEST_SET:
         return ""
     objects = sum(len(d.get("annotations", [])) for d in dicts)
-    return _line(
-        f"{_count(len(dicts), 'photo')}, {_count(objects, 'object')}: differences of a few AP "
-        "between single runs are noise. Compare means over several seeds."
+    return pieces.line(
+        f"{pieces.count(len(dicts), 'photo')}, {pieces.count(objects, 'object')}: differences of a "
+        "few AP between single runs are noise. Compare means over several seeds."
     )
 
 
 def _pretraining(cfg) -> str:
     head = "<h2>Pretraining</h2>"
     if not cfg.SSL.ENABLED:
-        return head + _line("Switched off (SSL.ENABLED False): plain fine-tuning.")
+        return head + pieces.line("Switched off (SSL.ENABLED False): plain fine-tuning.")
     stage = pretrain_cfg(cfg)
     metrics = plots.read_metrics(os.path.join(stage.OUTPUT_DIR, "metrics.json"))
     if not metrics:
-        return head + _line("Not run yet.")
+        return head + pieces.line("Not run yet.")
     figures = [
         ("Loss", plots.plot_losses(metrics, _hand_off_record(cfg).get("loss_range"))),
         ("Spread of the embeddings: near 1 is healthy, 0 is collapse",
          plots.plot_spread(metrics)),
         ("Learning rate", plots.plot_learning_rate(metrics)),
     ]  # fmt: skip
-    return head + _plots(figures) + _sheets(stage) + _hand_off(cfg)
+    return head + pieces.plots(figures) + _sheets(stage) + _hand_off(cfg)
 
 
 def _sheets(stage) -> str:
@@ -215,8 +169,8 @@ def _sheet(stage, name: str, title: str, text: str, alt: str) -> str:
     if not os.path.isfile(path):
         return ""
     with Image.open(path) as image:
-        picture = _picture(image.convert("RGB"), alt)
-    return f'<h3>{title}</h3>{_line(text)}<div class="scroll">{picture}</div>'
+        picture = pieces.picture(image.convert("RGB"), alt)
+    return f'<h3>{title}</h3>{pieces.line(text)}<div class="scroll">{picture}</div>'
 
 
 def _hand_off_record(cfg) -> dict:
@@ -232,7 +186,7 @@ def _hand_off(cfg) -> str:
     path, record = pretrained_path(cfg), _hand_off_record(cfg)
     head = "<h3>Hand-off</h3>"
     if not record:
-        return head + _line("No weights were handed off yet.")
+        return head + pieces.line("No weights were handed off yet.")
     versions = record.get("versions", {})
     facts = [
         ("File", os.path.relpath(path, cfg.OUTPUT_DIR)),
@@ -246,8 +200,8 @@ def _hand_off(cfg) -> str:
         ("Versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
     ]
     conventions = "\n".join(f"{k}: {v}" for k, v in record.get("config", {}).items())
-    folded = _folded("Conventions that these weights need", conventions)
-    return head + _facts(facts) + folded
+    folded = pieces.folded("Conventions that these weights need", conventions)
+    return head + pieces.facts(facts) + folded
 
 
 def _finetuning(cfg) -> str:
@@ -255,13 +209,13 @@ def _finetuning(cfg) -> str:
     stage = finetune_cfg(cfg)
     metrics = plots.read_metrics(os.path.join(stage.OUTPUT_DIR, "metrics.json"))
     if not metrics:
-        return head + _line("Not run yet.")
+        return head + pieces.line("Not run yet.")
     figures = [
         ("Loss", plots.plot_losses(metrics)),
         ("AP on the test photos", plots.plot_ap(metrics)),
         ("Learning rate", plots.plot_learning_rate(metrics)),
     ]
-    return head + _plots(figures) + _predictions(stage)
+    return head + pieces.plots(figures) + _predictions(stage)
 
 
 def _predictions(stage) -> str:
@@ -272,11 +226,10 @@ def _predictions(stage) -> str:
     figures = []
     for shown in compare_predictions(stage):
         text = f"{shown.name}: {shown.num_labels} labelled, {shown.num_predictions} predicted"
-        picture = _picture(Image.fromarray(shown.image), text)
-        figures.append(f"<figure>{picture}<figcaption>{html.escape(text)}</figcaption></figure>")
+        figures.append(pieces.figure(shown.image, text))
     return (
         "<h3>Labels and predictions</h3>"
-        + _line("Left: labels. Right: predictions with a score of at least 50 %.")
+        + pieces.line("Left: labels. Right: predictions with a score of at least 50 %.")
         + f'<div class="photos">{"".join(figures)}</div>'
     )
 
@@ -286,8 +239,8 @@ def _settings(cfg) -> str:
     lines = "\n".join(f"{key}: {value}" for key, value in changed)
     return (
         "<h2>Settings</h2>"
-        + _folded("SSL keys that differ from their defaults", lines or "none")
-        + _line("config.yaml in the output folder holds all keys.")
+        + pieces.folded("SSL keys that differ from their defaults", lines or "none")
+        + pieces.line("config.yaml in the output folder holds all keys.")
     )
 
 
@@ -310,7 +263,7 @@ def _method(cfg) -> str:
 
 
 def _sets(names: Sequence[str]) -> str:
-    return ", ".join(f"{name} ({_count(len(load_dicts([name])), 'photo')})" for name in names)
+    return ", ".join(f"{name} ({pieces.count(len(load_dicts([name])), 'photo')})" for name in names)
 
 
 def _network(cfg) -> str:
@@ -326,62 +279,9 @@ def _device(cfg) -> str:
     return cfg.MODEL.DEVICE.upper() if cfg.MODEL.DEVICE == "cpu" else cfg.MODEL.DEVICE
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _of_photos(iterations: int, photos: int) -> str:
     return f"{iterations} iterations of {photos} photos"
 
 
 def _number(value) -> str:
     return "–" if value is None or not math.isfinite(value) or value < 0 else f"{value:.1f}"
-
-
-# Pieces of HTML. All text that comes from outside passes through html.escape here.
-
-
-def _line(text: str) -> str:
-    return f'<p class="soft">{html.escape(text)}</p>'
-
-
-def _facts(rows: Sequence[Tuple[str, object]]) -> str:
-    cells = (f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in rows)
-    return f"<dl>{''.join(cells)}</dl>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], main: int = -1) -> str:
-    out = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    out = f"<tr>{out}</tr>"
-    for row in rows:
-        cells = (
-            f"<td{' class=main' if i == main else ''}>{html.escape(cell)}</td>"
-            for i, cell in enumerate(row)
-        )
-        out += f"<tr>{''.join(cells)}</tr>"
-    return f'<div class="scroll"><table>{out}</table></div>'
-
-
-def _folded(summary: str, text: str) -> str:
-    summary, text = html.escape(summary), html.escape(text)
-    return f"<details><summary>{summary}</summary><pre>{text}</pre></details>"
-
-
-def _plots(figures: List[Tuple[str, bytes]]) -> str:
-    out = ""
-    for caption, svg in figures:
-        if svg:
-            image = _data_image(svg, "image/svg+xml", caption)
-            out += f"<figure><figcaption>{html.escape(caption)}</figcaption>{image}</figure>"
-    return f'<div class="grid">{out}</div>'
-
-
-def _picture(image: Image.Image, alt: str) -> str:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=90, subsampling=0)
-    return _data_image(file.getvalue(), "image/jpeg", alt)
-
-
-def _data_image(content: bytes, kind: str, alt: str) -> str:
-    data = base64.b64encode(content).decode("ascii")
-    return f'<img alt="{html.escape(alt)}" src="data:{kind};base64,{data}">'
