@@ -1,5 +1,6 @@
 """The command line, as a user types it, on a small drawn data set."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -119,6 +120,22 @@ def test_help_needs_no_torch():
     )  # fmt: skip
     assert process.returncode == 0 and "--eval-only" in process.stdout
     assert " torch" not in process.stderr
+
+
+def test_register_adds_to_the_config(monkeypatch):
+    import d2ssl.engine.launch
+
+    spec = importlib.util.spec_from_file_location("train_net", REPO / "tools/train_net.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    seen = []
+    monkeypatch.setattr(d2ssl.engine.launch, "launch", lambda *_, args, **__: seen.append(args[1]))
+    demo = ["--config-file", str(CONFIGS / "demo.yaml")]
+    script.run([*demo, "SSL.REGISTER", "('a:b',)", "--register", "c:d", "SEED", "3",
+                "--register", "e:f"])  # fmt: skip
+    script.run([*demo, "SEED", "4"])
+    assert [cfg.SSL.REGISTER for cfg in seen] == [("a:b", "c:d", "e:f"), ()]
+    assert [cfg.SEED for cfg in seen] == [3, 4] and all(cfg.is_frozen() for cfg in seen)
 
 
 def test_a_new_pretraining_is_not_answered_with_an_old_detector(tiny_cfg, tmp_path):

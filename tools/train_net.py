@@ -35,6 +35,14 @@ def parse_args(argv=None):
         "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST"
     )
     parser.add_argument(
+        "--register",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="a function of yours that registers data sets, called after those of SSL.REGISTER; "
+        "may be given several times",
+    )
+    parser.add_argument(
         "--num-gpus",
         type=int,
         default=1,
@@ -68,6 +76,9 @@ def run(argv=None):
         from d2ssl.engine.launch import launch
 
         cfg = load_cfg(args.config_file, args.opts)
+        cfg.defrost()  # an override SSL.REGISTER would replace those of the yaml
+        cfg.SSL.REGISTER = (*cfg.SSL.REGISTER, *args.register)
+        cfg.freeze()
         launch(
             main,
             args.num_gpus,
