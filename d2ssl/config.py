@@ -93,6 +93,7 @@ def add_ssl_config(cfg: CN) -> None:
     ssl.QUEUE = CN()
     ssl.QUEUE.SIZE = AUTO  # photos whose keys are kept as negatives
     ssl.QUEUE.KEYS_PER_PHOTO = 8  # of each photo's cells or regions; a whole photo has one
+    ssl.QUEUE.SYMMETRIC = True  # each view finds the other; False: as in MoCo v2 the first alone
     ssl.CELLS = CN()
     ssl.CELLS.GRID = 14  # a level with more cells a side is averaged down to it
     ssl.CELLS.RADIUS = 0.7  # cells this close in the photo, in diagonals of a cell, are the same

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from tests.modeling.written_out import (
     GRID,
     LEVEL,
     PLAIN,
+    WAYS,
     cell_rows,
     info_nce,
     maps_of,
@@ -20,18 +23,20 @@ from tests.modeling.written_out import (
 def dense_loss(model, method, batch, queue, size, temperature):
     """Eq. 3 and 4: a cell's positive is the cell of its level whose feature before the head is most
     alike, its negatives are mean keys of other photos; ``queue``, (photo, key), is moved on."""
-    here, there = cell_rows(maps_of(model, batch, 0)), cell_rows(maps_of(model, batch, 1, True))
-    query, key = unit(through(method.projector, here)), through(method.projector_twin, there)
-    means = [unit(numbers(key)[:, LEVEL == level].mean(1)) for level in range(4)]
+    cells = {twin: [cell_rows(maps_of(model, batch, v, twin)) for v in (0, 1)]
+             for twin in (False, True)}  # fmt: skip
+    query = [unit(through(method.projector, rows)) for rows in cells[False]]
+    key = [through(method.projector_twin, rows) for rows in cells[True]]
+    means = [unit(numbers(key[1])[:, LEVEL == level].mean(1)) for level in range(4)]
     queue[:] = [
         *queue, *((item["index"], m[n]) for n, item in enumerate(batch) for m in means)
     ][-4 * size :]  # fmt: skip
     losses = []
-    for n, item in enumerate(batch):
-        likeness = unit(here)[n] @ unit(there)[n].T
+    for (a, b), (n, item) in itertools.product(WAYS, enumerate(batch)):
+        likeness = unit(cells[False][a])[n] @ unit(cells[True][b])[n].T
         best = np.where(LEVEL[:, None] == LEVEL, likeness, -np.inf).argmax(1)
         others = [old for photo, old in queue if photo != item["index"]]
-        losses += [info_nce(query[n, i], unit(key)[n, best[i]], others, temperature)
+        losses += [info_nce(query[a][n, i], unit(key[b])[n, best[i]], others, temperature)
                    for i in range(52)]  # fmt: skip
     return np.mean(losses)
 

@@ -3,18 +3,20 @@ import pytest
 import torch
 
 from tests.modeling.conftest import assert_learns
-from tests.modeling.written_out import PLAIN, info_nce, maps_of, photo_rows, through, unit
+from tests.modeling.written_out import PLAIN, WAYS, info_nce, maps_of, photo_rows, through, unit
 
 
-def moco_loss(model, method, batch, queue, size, temperature):
+def moco_loss(model, method, batch, queue, size, temperature, ways=WAYS):
     """Eq. 1 for each photo of the batch; ``queue``, a list of (photo, key), is moved on."""
-    query = unit(through(method.projector, photo_rows(maps_of(model, batch, 0))))[:, 0]
-    key = unit(through(method.projector_twin, photo_rows(maps_of(model, batch, 1, True))))[:, 0]
+    query, key = (
+        [unit(through(head, photo_rows(maps_of(model, batch, v, twin))))[:, 0] for v in (0, 1)]
+        for head, twin in ((method.projector, False), (method.projector_twin, True))
+    )
     photos = [item["index"] for item in batch]
-    queue[:] = [*queue, *zip(photos, key)][-size:]
+    queue[:] = [*queue, *zip(photos, key[1])][-size:]
     return np.mean([
         info_nce(q, k, [old for other, old in queue if other != photo], temperature)
-        for q, k, photo in zip(query, key, photos)
+        for a, b in ways for q, k, photo in zip(query[a], key[b], photos)
     ])  # fmt: skip
 
 
@@ -31,6 +33,12 @@ def test_loss_equals_the_paper_written_out(model_and_batch):
         expected = moco_loss(model, model.method, batch, queue, size=6, temperature=0.3)
         assert expected > 0.5  # negatives from the first step on
         assert model(batch)["loss_contrast"].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_one_way_as_in_the_paper(model_and_batch):
+    model, batch = model_and_batch("MoCo", "SSL.QUEUE.SYMMETRIC", "False")
+    expected = moco_loss(model, model.method, batch, [], size=4, temperature=0.2, ways=[(0, 1)])
+    assert model(batch)["loss_contrast"].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_queue_holds_the_twins_normalised_keys(model_and_batch):

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -6,6 +8,7 @@ from tests.modeling.test_moco import moco_loss
 from tests.modeling.written_out import (
     GRID,
     PLAIN,
+    WAYS,
     cell_pairs,
     cell_rows,
     info_nce,
@@ -22,15 +25,18 @@ KEYS = ["SSL.QUEUE.KEYS_PER_PHOTO", "4"]
 def plmoco_loss(model, method, batch, queue, size, temperature):
     """A cell, the one nearest to it, and as negatives what lies elsewhere in the photo and the
     queue's cells of other photos; ``queue``, a list of (photo, key), is moved on."""
-    query = unit(through(method.projector, cell_rows(maps_of(model, batch, 0))))
-    key = unit(through(method.projector_twin, cell_rows(maps_of(model, batch, 1, True))))
+    query, key = (
+        [unit(through(head, cell_rows(maps_of(model, batch, v, twin)))) for v in (0, 1)]
+        for head, twin in ((method.projector, False), (method.projector_twin, True))
+    )
     photos = [item["index"] for item in batch]
-    spaced = [(p, k[r]) for p, k in zip(photos, key) for r in (0, 17, 34, 51)]
+    spaced = [(p, k[r]) for p, k in zip(photos, key[1]) for r in (0, 17, 34, 51)]
     queue[:] = [*queue, *spaced][-4 * size :]
     losses = []
-    for q, k, item in zip(query, key, batch):
+    for way, n in itertools.product(WAYS, range(len(batch))):
+        q, k, item = query[way[0]][n], key[way[1]][n], batch[n]
         others = [old for photo, old in queue if photo != item["index"]]
-        same, apart = cell_pairs(item, nearest=True)
+        same, apart = cell_pairs(item, nearest=True, views=way)
         losses.append(mean_of([
             info_nce(q[i], k[same[i]], [*k[apart[i]], *others], temperature)
             for i in range(52) if same[i].any()

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from d2ssl.engine.hooks import spread
 from tests.modeling.conftest import assert_learns
 
+ONE_WAY = ["SSL.QUEUE.SYMMETRIC", "False"]  # MoCo's and PLMoCo's tests have both ways
 LEVELS, NUM, TEMPERATURE = ("p2", "p3", "p4", "p5"), 16, 0.2
 
 
@@ -61,7 +62,7 @@ def seen_again(item):
 def test_loss_equals_the_definition_written_out(model_and_batch):
     """A region of the first view, the same region of the second, and as negatives the photo's other
     regions on its level and what the queue holds of other photos. One photo is there twice."""
-    model, earlier = model_and_batch("RLMoCo", "SSL.QUEUE.SIZE", "8")
+    model, earlier = model_and_batch("RLMoCo", *ONE_WAY, "SSL.QUEUE.SIZE", "8")
     part_twins(model)
     batch = [*earlier[:3], seen_again(earlier[1])]
     queue, method = [], model.method  # of (unit vector, photo), the oldest first
@@ -96,7 +97,7 @@ def test_loss_equals_the_definition_written_out(model_and_batch):
 
 def test_regions_that_a_view_does_not_show_take_no_part(model_and_batch):
     """Labels that no cell has change nothing, nor does a region that only one view shows."""
-    model, batch = model_and_batch("RLMoCo", "SSL.LEVELS", "['p2']")
+    model, batch = model_and_batch("RLMoCo", *ONE_WAY, "SSL.LEVELS", "['p2']")
     for item in batch:
         item["regions"] = [torch.zeros_like(r) for r in item["regions"]]
         item["regions"][1][:8] = 5  # the first view has region 0 only

@@ -50,9 +50,9 @@ def unit(rows):
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-def cell_pairs(item, nearest=False):
+def cell_pairs(item, nearest=False, views=(0, 1)):
     """Which cells of the first view and of the second are the same, and which are apart."""
-    here, there = (centres_and_diagonals(window, SIDES) for window in item["windows"])
+    here, there = (centres_and_diagonals(item["windows"][v], SIDES) for v in views)
     share = np.array([
         [np.hypot(x - u, y - v) / max(d, e) if i == j else np.inf for j, u, v, e in there]
         for i, x, y, d in here
@@ -68,6 +68,9 @@ def info_nce(row, positives, negatives, temperature):
     odds = [np.exp(np.reshape(k, (-1, len(row))) @ row / temperature)
             for k in (positives, negatives)]  # fmt: skip
     return np.mean(-np.log(odds[0] / (odds[0].sum() + odds[1].sum())))
+
+
+WAYS = ((0, 1), (1, 0))  # each view finds the other
 
 
 def mean_of(values):

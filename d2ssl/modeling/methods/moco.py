@@ -22,6 +22,8 @@ class MoCo(PretextMethod):
         queue_photos: how many photos' keys the queue holds.
         keys_per_photo: rows of a photo that enter it, at most ``num_rows``.
         num_rows: rows of a photo.
+        symmetric: the second view's rows are looked for in the first as well, and the loss is the
+            mean of both ways. MoCo v2 goes one way; with few photos each view is worth using twice.
     """
 
     uses_twin = True
@@ -29,10 +31,11 @@ class MoCo(PretextMethod):
     @configurable
     def __init__(
         self, *, hidden_dim, out_dim, temperature: float, queue_photos: int, keys_per_photo: int,
-        num_rows: int, **kwargs,
+        num_rows: int, symmetric: bool = True, **kwargs,
     ):  # fmt: skip
         super().__init__(**kwargs)
         self.temperature, self.keys_per_photo = temperature, keys_per_photo
+        self.symmetric = symmetric
         self.projector = MoCoProjectionHead(self.units.dim, hidden_dim, out_dim)
         self.add_twin("projector")
         self.queue = KeyQueue(queue_photos * self.keys_per_photo, out_dim)
@@ -46,6 +49,7 @@ class MoCo(PretextMethod):
             "queue_photos": cfg.SSL.QUEUE.SIZE,
             "keys_per_photo": cls.keys_of_a_photo(cfg),
             "num_rows": cls.kind.count(cfg),
+            "symmetric": cfg.SSL.QUEUE.SYMMETRIC,
         }
 
     @classmethod
@@ -59,19 +63,25 @@ class MoCo(PretextMethod):
 
     def forward(self, views):
         a, b = views[:2]
-        query, key = self.online_rows(a), self.momentum_rows(b)  # N x R x D
-        self.embedding = query.detach().flatten(0, 1)
+        key = self.momentum_rows(b)  # N x R x D
         keys, present = self.enqueued(key, b)
         photos = torch.where(present, b.photos[:, None], -1)
         self.queue.push(F.normalize(keys.float(), dim=-1).flatten(0, 1), photos.flatten())
+        loss = self._find(a, b, key)
+        if self.symmetric:
+            loss = (loss + self._find(b, a, self.momentum_rows(a))) / 2
+        return {"loss_contrast": loss}
 
+    def _find(self, a, b, key):
+        """Rows of view ``a`` among the momentum encoder's rows of ``b`` and the queue."""
+        query = self.online_rows(a)  # N x R x D
+        self.embedding = query.detach().flatten(0, 1)
         same, different = self.compare(a, b)  # N x R x R
         others = self.queue.others(a.photos)[:, None].expand(-1, query.shape[1], -1)  # N x R x K
         similarity = torch.cat([cosines(query, key), cosines(query, self.queue.keys)], dim=2)
         positive = torch.cat([same, torch.zeros_like(others)], dim=2)
         negative = torch.cat([different, others], dim=2)
-        loss = info_nce_loss(similarity, positive, negative, self.temperature)
-        return {"loss_contrast": loss}
+        return info_nce_loss(similarity, positive, negative, self.temperature)
 
     def enqueued(self, key, view):
         """What of a view's keys (N x R x D) enters the queue, N x keys_per_photo x D, and which of
