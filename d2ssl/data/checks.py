@@ -298,11 +298,6 @@ def _shape(annotation: dict, box: np.ndarray, labels: Labels, file: str, where: 
         outline = [[x1, y1, x2, y1, x2, y2, x1, y2]]
         return coco_mask.merge(coco_mask.frPyObjects(outline, height, width))
     try:
-        if isinstance(polygons, list):
-            # With such points pycocotools would be busy for ever.
-            points = np.concatenate([np.ravel(polygon).astype(float) for polygon in polygons])
-            if not np.isfinite(points).all() or np.abs(points).max() > 4 * max(height, width):
-                raise D2SSLError("a polygon that leads far away from the photo; draw it again")
         shape = encode(annotation_mask(annotation, height, width))
     except D2SSLError as error:
         problem, _, fix = str(error).rpartition("; ")

@@ -20,11 +20,9 @@ from d2ssl.atomic import atomic_open
 from d2ssl.data.datasets.catalog import FEW, Decode, decoder, listed
 from d2ssl.data.datasets.files import Notes, require_folder
 from d2ssl.data.datasets.subset import ensure_registered
-from d2ssl.data.masks import annotation_mask, encode, mask_annotation
+from d2ssl.data.masks import annotation_mask, encode, mask_annotation, run_length
 from d2ssl.data.photos import map_photos, photo_size
 from d2ssl.errors import D2SSLError
-
-FARTHEST = 100_000  # pixels that a polygon's point may be off the photo's corner
 
 
 class Converted(NamedTuple):
@@ -275,16 +273,11 @@ def _coco_shape(
 ) -> tuple[int, list | dict]:
     """(area in pixels, polygons or RLE) of polygons, an RLE, or a mask (HxW)."""
     if isinstance(segmentation, list):  # drawn as RLE, which is never decoded
-        polygons = [np.array(polygon, np.float64) for polygon in segmentation]
-        # pycocotools takes memory for each pixel that an edge crosses, and without end for NaN.
-        if not all(p.ndim == 1 and len(p) % 2 == 0 and (abs(p) < FARTHEST).all() for p in polygons):
-            raise D2SSLError(
-                f"polygons are no lists of x, y, x, y ... within {FARTHEST} pixels; correct them"
-            )
-        polygons = [p.tolist() for p in polygons if len(p) >= 6]  # shorter ones enclose nothing
+        polygons = [np.array(p, np.float64).tolist() for p in segmentation]
+        polygons = [p for p in polygons if len(p) >= 6]  # shorter ones enclose nothing
         if not polygons:
             return 0, []
-        runs = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+        runs = run_length(polygons, height, width)
         return int(coco_mask.area(runs)), runs if as_rle else polygons
     runs = encode(segmentation) if isinstance(segmentation, np.ndarray) else segmentation
     mask = annotation_mask({"segmentation": runs}, height, width)

@@ -4,6 +4,7 @@ Coordinates are those of COCO: pixel (x, y) covers [x, x + 1) x [y, y + 1), and 
 pixels whose centres it encloses.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from d2ssl.data.cache import default_cache_dir
 from d2ssl.errors import D2SSLError
 
 LEAST_IOU = 0.98  # of a polygon with the mask that it stands for
+FARTHEST = 100_000  # pixels that a polygon's point may be away from the photo's corner
 TOLERANCE = 0.5  # pixels that a simplified outline may move, about
 
 
@@ -182,35 +184,53 @@ def annotation_mask(annotation: dict, height: int, width: int) -> np.ndarray:
     segmentation = annotation.get("segmentation")
     if not isinstance(segmentation, (list, dict)) or not segmentation:
         raise D2SSLError("an annotation without a mask; give its segmentation")
-    try:
-        rle = _rle(segmentation, height, width)
+    rle = run_length(segmentation, height, width)
+    with _damage_in_one_line():
         mask = coco_mask.decode(rle)
         # Of an RLE that is too short, pycocotools leaves the rest of the mask to chance.
         if mask.sum() != coco_mask.area(rle):
             raise ValueError("RLE cut short")
+    return mask.astype(bool)
+
+
+def run_length(segmentation: list | dict, height: int, width: int) -> dict:
+    """
+    Polygons or any RLE as COCO's compressed RLE, which is not decoded.
+
+    Raises:
+        D2SSLError: a damaged one, or an RLE of another size.
+    """
+    with _damage_in_one_line():
+        if isinstance(segmentation, list):
+            for polygon in segmentation:
+                if len(polygon) < 6 or len(polygon) % 2:
+                    raise ValueError("a polygon needs x and y of three points or more")
+                # pycocotools takes memory for each pixel that an edge crosses, for NaN without end.
+                if not all(abs(x) < FARTHEST for x in polygon):
+                    raise ValueError(f"a polygon with points {FARTHEST} pixels away")
+            return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        size, counts = [*segmentation["size"]], segmentation["counts"]
+        if size != [height, width]:
+            raise D2SSLError(
+                f"a mask of {size[1]}x{size[0]} on a photo of {width}x{height}; scale it"
+            )
+        if not isinstance(counts, list):
+            return segmentation
+        if sum(counts) != height * width:
+            raise ValueError(f"runs of {sum(counts)} pixels in all, of {height * width}")
+        return coco_mask.frPyObjects(segmentation, height, width)
+
+
+@contextlib.contextmanager
+def _damage_in_one_line():
+    try:
+        yield
     except D2SSLError:
         raise
     except Exception as error:  # pycocotools raises nearly anything
         raise D2SSLError(
             f"a damaged mask ({type(error).__name__}: {error}); export it again"
         ) from error
-    return mask.astype(bool)
-
-
-def _rle(segmentation: list | dict, height: int, width: int) -> dict:
-    """Polygons or any RLE as COCO's compressed RLE of this size; ValueError where damaged."""
-    if isinstance(segmentation, list):
-        if any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-            raise ValueError("a polygon needs x and y of three points or more")
-        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    size, counts = [*segmentation["size"]], segmentation["counts"]
-    if size != [height, width]:
-        raise D2SSLError(f"a mask of {size[1]}x{size[0]} on a photo of {width}x{height}; scale it")
-    if not isinstance(counts, list):
-        return segmentation
-    if sum(counts) != height * width:
-        raise ValueError(f"runs of {sum(counts)} pixels in all, of {height * width}")
-    return coco_mask.frPyObjects(segmentation, height, width)
 
 
 def encode(mask: np.ndarray) -> dict:

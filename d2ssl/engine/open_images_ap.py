@@ -42,7 +42,7 @@ from detectron2.utils import comm
 from d2ssl.atomic import atomic_open
 from d2ssl.data.datasets.catalog import decoded, listed
 from d2ssl.data.datasets.open_images import read_hierarchy
-from d2ssl.data.masks import annotation_mask, encode
+from d2ssl.data.masks import run_length
 from d2ssl.errors import D2SSLError
 
 logger = logging.getLogger(__name__)
@@ -134,11 +134,10 @@ class OpenImagesEvaluator(DatasetEvaluator):
         for task, classes in counts.items():
             values = [100 * count.average_precision() for count in classes]
             known = [value for value in values if value == value]
-            results[f"open_images_{task}"] = {
-                "AP50": float(np.mean(known)) if known else float("nan"),
-                **{f"AP50-{c}": value for c, value in zip(metadata.thing_classes, values)},
-            }
-            logger.info(f"{self._name}: {task} AP50 of the challenge {results[task]['AP50']:.3f}")
+            mean = float(np.mean(known)) if known else float("nan")
+            by_class = {f"AP50-{c}": value for c, value in zip(metadata.thing_classes, values)}
+            results[f"open_images_{task}"] = {"AP50": mean, **by_class}
+            logger.info(f"{self._name}: {task} AP50 of the challenge {mean:.3f}")
         return results
 
     def _count(
@@ -198,7 +197,9 @@ def _add_image(
         )
         thing = {
             "box": [x1, y1, x2 - x1, y2 - y1],
-            "mask": None if annotation["iscrowd"] else _rle(annotation, height, width),
+            "mask": None
+            if annotation["iscrowd"]
+            else run_length(annotation["segmentation"], height, width),
             "group": annotation.get("is_group_of", False),
         }
         for place in (annotation["category_id"], *above[annotation["category_id"]]):
@@ -218,13 +219,6 @@ def _add_image(
     for task, classes in counts.items():
         for place in set(objects) | set(found):
             classes[place].add(*match[task](found[place], objects[place]))
-
-
-def _rle(annotation: dict, height: int, width: int) -> dict:
-    segmentation = annotation["segmentation"]
-    if isinstance(segmentation, dict):
-        return segmentation
-    return encode(annotation_mask(annotation, height, width))
 
 
 def _match_masks(detections: list[dict], objects: list[dict]) -> tuple[np.ndarray, np.ndarray, int]:

@@ -16,7 +16,7 @@ from d2ssl.engine.coco import build_evaluator
 from d2ssl.errors import D2SSLError
 
 WIDTH, HEIGHT = 60, 40
-NAME = "test_coco"
+NAME = "test_coco_json"
 
 
 def annotation(number, image_id, category_id, segmentation, bbox, iscrowd=0):

@@ -388,5 +388,11 @@ def test_what_cannot_be_evaluated(tmp_path):
     found = instances((CAR, 0.5, A))
     found.remove("pred_masks")
     judge.process([{"image_id": 0}], [{"instances": found}])
+    assert judge.evaluate() == {"open_images_bbox": pytest.approx(
+        {"AP50": 100, "AP50-Car": 100, **{f"AP50-{n}": math.nan for n in NAMES if n != "Car"}},
+        nan_ok=True,
+    )}  # fmt: skip
+    judge = evaluator(tmp_path, [image(thing(CAR, A))], tasks=("segm",))
+    judge.process([{"image_id": 0}], [{"instances": found}])
     with pytest.raises(D2SSLError, match="have no masks"):
         judge.evaluate()

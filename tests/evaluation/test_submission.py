@@ -126,7 +126,7 @@ def with_value(key, value):
         (with_value("image_id", 7), "prediction 0 is of image 7, which is not in the set"),
         (with_value("category_id", 2), "category 2, of 2 in the set"),
         (with_value("score", 1.5), "score 1.5; give 0..1"),
-        (with_value("score", float("nan")), "score nan; give 0..1"),
+        (with_value("score", float("nan")), "not a JSON list"),
         (with_value("image_id", 1), "a mask of 40x30 on .*77c1.jpg, which is 25x50"),
     ],
 )

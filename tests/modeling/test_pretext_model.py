@@ -38,8 +38,8 @@ def test_a_view_is_encoded_once_for_all_methods(model_and_batch, count_calls):
 
 
 def test_what_nobody_asks_for_is_not_encoded(model_and_batch, count_calls):
-    """MoCo: queries of the first view, keys of the second."""
-    model, batch = model_and_batch("MoCo")
+    """MoCo one way: queries of the first view, keys of the second."""
+    model, batch = model_and_batch("MoCo", "SSL.QUEUE.SYMMETRIC", "False")
     online, twin = count_calls(model.trunk), count_calls(model.trunk_twin)
     views = model.see(batch)
     assert not online and not twin

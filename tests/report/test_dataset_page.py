@@ -199,7 +199,7 @@ def test_exit_codes(command, demo_root, tmp_path, catalog):
     assert "balloon_demo_train  8" in out and "in crops of 64 px" in out
     page = tmp_path / "pages" / "balloon_demo_train+balloon_demo_val.html"
     assert out.splitlines()[-1] == f"Page: {page}" and page.is_file()
-    (tmp_path / "my_sets.py").write_text(
+    (tmp_path / "sets_again.py").write_text(
         "from d2ssl.data.datasets import register_balloon as r\n"
         f"def register(): r('again', {str(demo_root / 'balloon_demo')!r})\n"
         "def val():\n"
@@ -208,8 +208,8 @@ def test_exit_codes(command, demo_root, tmp_path, catalog):
         "    register_dataset('again_test', lambda: c.get('again_train')[:3], "
         "thing_classes=['balloon'])\n"
     )
-    code, out, _ = command("again_train", "again_test", "--register", "my_sets:register",
-                           "--register", "my_sets:val")  # fmt: skip
+    code, out, _ = command("again_train", "again_test", "--register", "sets_again:register",
+                           "--register", "sets_again:val")  # fmt: skip
     assert code == 1 and "Not safe to train on: 3 errors." in out
     assert (tmp_path / "output" / "check" / "again_train+again_test.html").is_file()
 
