@@ -7,6 +7,22 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO
 
+from d2ssl.errors import D2SSLError
+
+
+def make_folder(path: str) -> None:
+    """Make a folder where it is missing.
+
+    Raises:
+        D2SSLError: it cannot be made.
+    """
+    try:
+        os.makedirs(path or os.curdir, exist_ok=True)
+    except OSError as error:
+        raise D2SSLError(
+            f"{path}: cannot be made a folder ({error.strerror}); name another"
+        ) from error
+
 
 @contextlib.contextmanager
 def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:

@@ -11,9 +11,9 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
 
-from d2ssl.atomic import atomic_open
+from d2ssl.atomic import atomic_open, make_folder
 from d2ssl.config import finetune_cfg, pretrain_cfg, pretrained_path
-from d2ssl.data.build import register_datasets
+from d2ssl.data.build import check_classes, detection_sets, register_datasets
 from d2ssl.engine.auto import resolve_auto
 from d2ssl.engine.checkpoint import load_weights
 from d2ssl.engine.handoff import hand_off
@@ -36,7 +36,7 @@ def set_up(cfg, keep_config: bool = True):
     """
     rank = comm.get_rank()
     register_datasets(cfg)
-    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    make_folder(cfg.OUTPUT_DIR)
     for name in ("fvcore", "detectron2", "d2ssl"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
     cfg = resolve_auto(cfg)
@@ -61,6 +61,8 @@ def run(cfg, stage: str = "all", resume: bool = False) -> Dict:
     """
     cfg = set_up(cfg)
     results = {}
+    if stage in ("finetune", "all"):  # before hours of pretraining
+        check_classes(cfg, detection_sets(cfg))
     if cfg.SSL.ENABLED and stage in ("pretrain", "all"):
         pretrain(cfg, resume)
     if stage in ("finetune", "all"):
@@ -115,6 +117,7 @@ def evaluate_only(cfg) -> Dict:
     cfg = set_up(cfg, keep_config=False)
     model = build_model(cfg)
     report = load_weights(model, cfg.MODEL.WEIGHTS)
+    check_classes(cfg, cfg.DATASETS.TEST, report.classes)
     if report.missing or report.mismatched:
         logger.warning("Not all of the detector is in this file.\n%s", report)
     apply_precision(model, cfg.SOLVER.AMP.ENABLED)

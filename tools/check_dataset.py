@@ -50,7 +50,7 @@ def parse_args(argv=None):
         "--output", default="output/check", metavar="DIR", help="folder of the page (%(default)s)"
     )
     args = parser.parse_intermixed_args(argv)
-    is_key = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+").fullmatch
+    is_key = re.compile(r"SEED|OUTPUT_DIR|[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+").fullmatch
     args.names = list(itertools.takewhile(lambda word: not is_key(word), args.words))
     args.names, args.opts = list(dict.fromkeys(args.names)), args.words[len(args.names) :]
     if not args.names:
@@ -61,7 +61,7 @@ def parse_args(argv=None):
 def main(args):
     from d2ssl.config import load_cfg
     from d2ssl.data.build import call_register_functions
-    from d2ssl.data.checks import ERROR, check_sets
+    from d2ssl.data.checks import ERROR, check_sets, compare_with_detector
     from d2ssl.modeling.methods import method_class
     from d2ssl.report.dataset_page import summary, write_dataset_page
 
@@ -71,6 +71,8 @@ def main(args):
     call_register_functions(args.register, "--register")
     size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     sets = check_sets(args.names, *size, test=cfg.DATASETS.TEST)
+    if args.config_file:
+        compare_with_detector(sets, cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.MASK_ON)
     name = re.sub(r"[^\w.@#+-]+", "_", "+".join(args.names))[:100]
     path = os.path.join(args.output, f"{name}.html")
     write_dataset_page(path, sets, cfg)

@@ -8,14 +8,15 @@ import sys
 from typing import FrozenSet, List, Sequence
 
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 
 from d2ssl.data.cache import default_cache_dir
 from d2ssl.data.datasets import ensure_registered
+from d2ssl.data.datasets.catalog import decoded, listed
 from d2ssl.data.loader import StreamLoader
 from d2ssl.data.mapper import DetectionMapper, PretextMapper, has_rle
-from d2ssl.data.photos import PhotoStore, read_photo
+from d2ssl.data.photos import PhotoStore, add_size, read_photo
 from d2ssl.data.proposals import attach_proposals
 from d2ssl.data.regions import attach_regions
 from d2ssl.data.sampling import build_order
@@ -62,24 +63,75 @@ def call_register_functions(entries: Sequence[str], option: str = "SSL.REGISTER"
 
 def dataset_names(cfg) -> List[str]:
     """Every data set that the enabled stages of a config use."""
-    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    if cfg.SSL.ENABLED:
-        names += cfg.SSL.DATASETS
-    if cfg.SSL.FINETUNE.DEV_DATASET:
-        names.append(cfg.SSL.FINETUNE.DEV_DATASET)
-    return names
+    return [*detection_sets(cfg), *(cfg.SSL.DATASETS if cfg.SSL.ENABLED else ())]
+
+
+def detection_sets(cfg) -> List[str]:
+    """Those that the detector is trained and tested on."""
+    dev = cfg.SSL.FINETUNE.DEV_DATASET
+    return [*cfg.DATASETS.TRAIN, *([dev] if dev else []), *cfg.DATASETS.TEST]
 
 
 def load_dicts(names: Sequence[str]) -> List[dict]:
     """The dataset dicts of several sets, one after another; an empty set is an error."""
+    return [row for name in _registered(names) for row in decoded(name, _rows(name))]
+
+
+def load_photos(names: Sequence[str]) -> List[dict]:
+    """The same without annotations, so that no mask file is read."""
+    keys = ("file_name", "image_id", "height", "width")
+    rows = [row for name in _registered(names) for row in _rows(name)]
+    photos = [{key: row[key] for key in keys if key in row} for row in rows]
+    return [photo if "height" in photo else add_size(photo) for photo in photos]
+
+
+def count_photos(names: Sequence[str]) -> int:
+    """How many photos several sets have together."""
+    return sum(len(_rows(name)) for name in _registered(names))
+
+
+def _registered(names: Sequence[str]) -> Sequence[str]:
     ensure_registered(names)
-    dicts = []
-    for name in names:
-        rows = DatasetCatalog.get(name)
-        if not rows:
-            raise D2SSLError(f"{name}: the data set is empty")
-        dicts.extend(rows)
-    return dicts
+    return names
+
+
+def _rows(name: str) -> List[dict]:
+    rows = listed(name)
+    if not rows:
+        raise D2SSLError(f"{name}: the data set is empty")
+    return rows
+
+
+def check_classes(cfg, names: Sequence[str], weights: Sequence[str] = ()) -> None:
+    """What a detector learns and what it is tested on must be the same classes.
+
+    Args:
+        names: of the sets.
+        weights: names of the classes that loaded weights are for, where they say so.
+
+    Raises:
+        D2SSLError: sets with different classes, or other classes than the detector is built for.
+    """
+    known = {"the weights": list(weights)}
+    for name in _registered(names):
+        _rows(name)  # COCO's loader and others fill the metadata only now
+        known[name] = list(MetadataCatalog.get(name).get("thing_classes") or [])
+    known = {name: classes for name, classes in known.items() if classes}
+    if not known:
+        return
+    (first, classes), *others = known.items()
+    for other, found in others:
+        if found != classes:
+            raise D2SSLError(
+                f"{first} has classes {', '.join(classes)} and {other} has {', '.join(found)}; "
+                "register both with the same classes in the same order, classes=[...]"
+            )
+    count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if len(classes) != count:
+        raise D2SSLError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {count}, and {first} has {len(classes)} classes "
+            f"({', '.join(classes[:5])}{', ...' * (len(classes) > 5)}); set it to {len(classes)}"
+        )
 
 
 def cache_dir(cfg) -> str:
@@ -99,7 +151,9 @@ def build_pretrain_loader(cfg, views, view_pairs, needs: FrozenSet[str]) -> Stre
     ``views``, ``view_pairs`` and ``needs`` are those of
     :class:`~d2ssl.data.mapper.PretextMapper`.
     """
-    dicts = load_dicts(cfg.DATASETS.TRAIN)
+    # Annotations are never read, unless the proposals are made of them.
+    from_labels = "boxes" in needs and cfg.SSL.PROPOSALS.SOURCE == "annotations"
+    dicts = (load_dicts if from_labels else load_photos)(cfg.DATASETS.TRAIN)
     store = _store(cfg, dicts, photo_side(views))
     if "boxes" in needs:
         dicts = _first_process_first(lambda: with_proposals(cfg, dicts))
@@ -173,8 +227,8 @@ def calibration_batches(cfg, names: Sequence[str], limit: int, size: int = 16) -
     sides, multiples of 32, keep padding out of the statistics.
     """
     mapper = _test_mapper(cfg)
-    dicts = _spread(load_dicts(names), limit)
-    images = [mapper({k: v for k, v in d.items() if k != "annotations"})["image"] for d in dicts]
+    dicts = _spread(load_photos(names), limit)
+    images = [mapper(d)["image"] for d in dicts]
     count = math.ceil(len(images) / size)
     groups = [
         images[len(images) * i // count : len(images) * (i + 1) // count] for i in range(count)

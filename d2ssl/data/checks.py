@@ -5,7 +5,6 @@ Each photo is decoded once, in one of several processes, and little of it is kep
 :mod:`d2ssl.report.dataset_page` shows what was found.
 """
 
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from detectron2.structures import BoxMode
 
 from d2ssl.data.copies import Look, find_copies, look
 from d2ssl.data.datasets import ensure_registered
-from d2ssl.data.datasets.catalog import FEW, Decode, decoder, listed
+from d2ssl.data.datasets.catalog import Decode, decoder, listed
 from d2ssl.data.masks import annotation_mask, encode, read_label_image
 from d2ssl.data.photos import map_photos
 from d2ssl.data.scales import finetune_scale
@@ -127,8 +126,6 @@ def check_sets(
         if not dicts[name]:
             raise D2SSLError(f"{name}: the data set is empty")
     files = list(dict.fromkeys(entry["file_name"] for name in names for entry in dicts[name]))
-    if num_workers is None:
-        num_workers = (os.cpu_count() or 1) if len(files) > FEW else 0
     kept = frozenset(entry["file_name"] for name in names for entry in spread(dicts[name], shown))
     looks = dict(zip(files, map_photos(partial(look, shown=kept), files, "photos", num_workers)))
     sets = []
@@ -336,7 +333,7 @@ def _of_set(checked: CheckedSet) -> list[Finding]:
             found.append(Finding(NOTE, "photo without a label", "label what it shows, if anything; "
                                  "training leaves it out", file))  # fmt: skip
         if masked and one.masked < len(one.sound):
-            found.append(Finding(WARNING, "object without a mask", "draw it; the others have one",
+            found.append(Finding(ERROR, "object without a mask", "draw it; the others have one",
                                  file, f"{len(one.sound) - one.masked} objects"))  # fmt: skip
     crowds = sum(one.crowds for one in labels)
     if crowds:
@@ -348,6 +345,28 @@ def _of_set(checked: CheckedSet) -> list[Finding]:
         found.append(Finding(WARNING, "classes without a label", "label some, or leave them out",
                              "", f"{', '.join(absent)}, in {checked.name}"))  # fmt: skip
     return found
+
+
+def compare_with_detector(sets: Sequence[CheckedSet], num_classes: int, masks: bool) -> None:
+    """Add findings about what a detector cannot learn from sets of objects.
+
+    Args:
+        num_classes: MODEL.ROI_HEADS.NUM_CLASSES.
+        masks: MODEL.MASK_ON.
+    """
+    for one in sets:
+        if one.kind != "objects":
+            continue
+        count = len(one.classes)
+        if count and count != num_classes:
+            one.findings.append(Finding(
+                ERROR, "the detector is built for another number of classes",
+                f"set MODEL.ROI_HEADS.NUM_CLASSES to {count}", "",
+                f"{count} in {one.name}, NUM_CLASSES is {num_classes}"))  # fmt: skip
+        if masks and one.labels and not any(labels.masked for labels in one.labels):
+            one.findings.append(Finding(
+                ERROR, "no masks for a detector with masks",
+                "draw masks, or set MODEL.MASK_ON False", "", one.name))  # fmt: skip
 
 
 def _compare_sets(sets: list[CheckedSet]) -> None:

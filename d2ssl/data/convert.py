@@ -17,7 +17,7 @@ from detectron2.structures import BoxMode
 
 from d2ssl import __version__
 from d2ssl.atomic import atomic_open
-from d2ssl.data.datasets.catalog import FEW, Decode, decoder, listed
+from d2ssl.data.datasets.catalog import Decode, decoder, listed
 from d2ssl.data.datasets.files import Notes, require_folder
 from d2ssl.data.datasets.subset import ensure_registered
 from d2ssl.data.masks import annotation_mask, encode, mask_annotation, run_length
@@ -81,8 +81,6 @@ def convert_to_coco(
     convert = partial(
         _convert_photo, decode=decoder(name), category_ids=[c["id"] for c in categories], rle=rle
     )
-    if num_workers is None:
-        num_workers = (os.cpu_count() or 1) if len(dicts) > FEW else 0
     photos = map_photos(convert, list(zip(images, dicts)), name, num_workers)
     try:
         counts = _write(output, name, categories, photos, notes)

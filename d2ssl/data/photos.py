@@ -1,6 +1,8 @@
 """Reading photos as stock Detectron2 reads them, and keeping them decoded in memory."""
 
 import logging
+import os
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from typing import Callable, Iterable, Iterator, Sequence
@@ -14,6 +16,8 @@ from tqdm import tqdm
 from d2ssl.errors import D2SSLError
 
 logger = logging.getLogger(__name__)
+
+_FEW = 32  # photos that are done sooner than worker processes start
 
 _ORIENTATION = 274  # the EXIF tag
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
@@ -105,7 +109,9 @@ def shrink(photo: np.ndarray, long_side: int) -> np.ndarray:
     return cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
 
 
-def map_photos(function: Callable, photos: Sequence, title: str, num_workers: int) -> Iterator:
+def map_photos(
+    function: Callable, photos: Sequence, title: str, num_workers: int | None = None
+) -> Iterator:
     """
     ``function`` of each photo, in order and as it comes, with a progress bar.
 
@@ -113,16 +119,34 @@ def map_photos(function: Callable, photos: Sequence, title: str, num_workers: in
         function: takes one of ``photos``; must be picklable if ``num_workers`` > 0.
         photos: their paths, or whatever stands for them.
         title: of the progress bar.
-        num_workers: processes; 0: this one.
+        num_workers: processes; 0: this one; default: as many as there are cores, none for few
+            photos. They are never more than some photos ahead of whoever takes the results.
     """
     bar = partial(tqdm, total=len(photos), desc=title, unit="photo", disable=None)
+    if num_workers is None:
+        num_workers = (os.cpu_count() or 1) if len(photos) > _FEW else 0
     if num_workers == 0 or len(photos) < 2:
         yield from bar(map(function, photos))
         return
     # OpenCV's own threads would compete with the processes, and do not survive a fork.
     with ProcessPoolExecutor(num_workers, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
-        chunk = min(16, max(1, len(photos) // (8 * num_workers)))
-        yield from bar(pool.map(function, photos, chunksize=chunk))
+        size = min(16, max(1, len(photos) // (8 * num_workers)))
+        chunks = (photos[i : i + size] for i in range(0, len(photos), size))
+        yield from bar(_ahead(pool, function, chunks, most=4 * num_workers))
+
+
+def _ahead(pool: ProcessPoolExecutor, function: Callable, chunks, most: int) -> Iterator:
+    waiting: deque = deque()
+    for chunk in chunks:
+        waiting.append(pool.submit(_each, function, chunk))
+        if len(waiting) > most:
+            yield from waiting.popleft().result()
+    while waiting:
+        yield from waiting.popleft().result()
+
+
+def _each(function: Callable, chunk: Sequence) -> list:
+    return [function(one) for one in chunk]
 
 
 class PhotoStore:

@@ -32,13 +32,16 @@ def _permutation(num_photos: int, seed: int, epoch: int) -> np.ndarray:
 
 def classes_of(dataset_dict: dict) -> set[int]:
     """
-    Classes of a photo: its own ``category_id``, or those of its annotations.
+    Classes of a photo: its own ``category_id``, those of its annotations, or, where these are not
+    read yet, ``classes`` that the listing of its set knows.
 
     Crowds do not count: a detector learns nothing from them.
     """
     if "category_id" in dataset_dict:
         return {dataset_dict["category_id"]}
-    annotations = dataset_dict.get("annotations", ())
+    if "annotations" not in dataset_dict:
+        return set(dataset_dict.get("classes", ()))
+    annotations = dataset_dict["annotations"]
     return {a["category_id"] for a in annotations if not a.get("iscrowd")}
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 
 from d2ssl.config import AUTO, AUTO_KEYS, get_key, set_key
-from d2ssl.data.build import load_dicts
+from d2ssl.data.build import count_photos
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.methods import method_class
 
@@ -32,7 +32,7 @@ def resolve_auto(cfg):
     """
     if not cfg.SSL.ENABLED:
         return cfg
-    photos = len(load_dicts(cfg.SSL.DATASETS))
+    photos = count_photos(cfg.SSL.DATASETS)
     resolved = cfg.clone()
     resolved.defrost()
 

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent, and a plain account of what a file of weights loads."""
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 from typing import Dict, List, Sequence, Tuple
@@ -10,6 +11,8 @@ from detectron2.data import MetadataCatalog
 from torch import nn
 
 from d2ssl.atomic import atomic_open
+from d2ssl.data.datasets import ensure_registered
+from d2ssl.data.datasets.catalog import listed
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.predictors import class_names, describe_fit, fit_predictors, predictors_in
 from d2ssl.modeling.trunk import part_of
@@ -40,6 +43,7 @@ class MatchReport:
     unused: List[str] = field(default_factory=list)  # in the file, not in the model
     mismatched: List[str] = field(default_factory=list)  # in both, shapes differ
     predictors: str = ""  # what was done to those for other classes
+    classes: List[str] = field(default_factory=list)  # that they are for now, where it is known
 
     def by_part(self) -> Dict[str, Dict[str, int]]:
         """part -> counts of loaded, missing and mismatched tensors."""
@@ -73,24 +77,29 @@ def _convolution_bias_to_norm(file: dict, model: dict) -> None:
             file[moved] = file.pop(name)
 
 
-def _fit_predictors(checkpoint: dict, model: dict, classes, file_classes) -> str:
-    """Make predictors of the file ones for ``classes``, in place; what was done, in words."""
+def _fit_predictors(checkpoint: dict, model: dict, classes, file_classes) -> Tuple[str, List[str]]:
+    """Make predictors of the file ones for ``classes``, in place.
+
+    Returns:
+        what was done, in words, and the names of the classes that they are for then, if known.
+    """
     file = checkpoint["model"]
     names = predictors_in(file)
-    if not classes or not names:
-        return ""
-    file_classes = checkpoint.get("thing_classes") or file_classes
+    if not names:
+        return "", []
+    file_classes = [*(checkpoint.get("thing_classes") or file_classes)]
+    if not classes or file_classes == [*classes]:
+        return "", file_classes
     if not file_classes:
         if all(n not in model or file[n].shape == model[n].shape for n in names):
-            return ""
-        return "for other classes, none kept; SSL.FINETUNE.WEIGHTS_CLASSES can say which these are"
-    if [*file_classes] == [*classes]:
-        return ""
+            return "", []
+        hint = "SSL.FINETUNE.WEIGHTS_CLASSES can say which these are"
+        return f"for other classes, none kept; {hint}", []
     fitted = fit_predictors(file, file_classes, classes)
     # A single class's rows can be the same for all classes, which only the model knows.
     fitted = {n: v for n, v in fitted.items() if n in model and v.shape == model[n].shape}
     file.update(fitted)
-    return describe_fit(file_classes, classes) if fitted else ""
+    return (describe_fit(file_classes, classes) if fitted else ""), [*classes]
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -105,7 +114,7 @@ class Checkpointer(DetectionCheckpointer):
         self.path_manager = _AtomicPaths(self.path_manager)
         self._extra = {"thing_classes": [*classes]} if classes else {}
         self._wanted = (), ()
-        self._fit = ""
+        self._fit: Tuple[str, List[str]] = "", []
         self._incompatible = None
 
     def _load_model(self, checkpoint):
@@ -168,7 +177,8 @@ class Checkpointer(DetectionCheckpointer):
             missing=[n for n in names if n not in self._names and n not in mismatched],
             unused=list(self._incompatible.unexpected_keys),
             mismatched=mismatched,
-            predictors=self._fit,
+            predictors=self._fit[0],
+            classes=self._fit[1],
         )
         if not report.loaded:
             raise D2SSLError(
@@ -190,11 +200,13 @@ def load_weights(
 
 
 def training_classes(cfg) -> List[str]:
-    """Names of the detector's classes, those of the training set; none where it has no names.
-
-    They may be known only once the set was loaded.
-    """
+    """Names of the detector's classes, those of the training set; none where it has no names, or
+    where there is no such set: pretraining alone needs none."""
     for name in cfg.DATASETS.TRAIN:
+        with contextlib.suppress(D2SSLError):
+            ensure_registered([name])
+            if not MetadataCatalog.get(name).get("thing_classes"):
+                listed(name)  # COCO's loader and others know the classes only now
         names = MetadataCatalog.get(name).get("thing_classes") or []
         if len(names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES:
             return list(names)

@@ -19,11 +19,10 @@ from d2ssl.config import (
     pretrained_path,
     stock_cfg,
 )
-from d2ssl.data.build import calibration_batches, load_dicts
-from d2ssl.engine.checkpoint import Checkpointer, fitting, load_weights, training_classes
+from d2ssl.data.build import calibration_batches, count_photos
+from d2ssl.engine.checkpoint import Checkpointer, fitting, load_weights
 from d2ssl.modeling import norm
 from d2ssl.modeling.fingerprint import fingerprint, probe_image, relative_difference
-from d2ssl.modeling.predictors import predictors_in
 from d2ssl.modeling.pretext_model import PretextModel
 from d2ssl.modeling.trunk import part_of
 
@@ -39,7 +38,7 @@ def provenance(cfg) -> Dict:
         "method": method_title(cfg),
         "initial_weights": os.path.basename(model.WEIGHTS) or "random",
         "datasets": list(cfg.SSL.DATASETS),
-        "num_photos": len(load_dicts(cfg.SSL.DATASETS)),
+        "num_photos": count_photos(cfg.SSL.DATASETS),
         "iterations": pretrain.SOLVER.MAX_ITER,
         "photos_per_iteration": pretrain.SOLVER.IMS_PER_BATCH,
         "seed": cfg.SEED,
@@ -113,7 +112,8 @@ def hand_off(cfg) -> str:
     norm.freeze(trunk.backbone.bottom_up)
     if finetune.MODEL.FPN.NORM == "":
         norm.fold(trunk.backbone)
-    received = load_weights(detector, cfg.MODEL.WEIGHTS, *fitting(finetune)).loaded
+    report = load_weights(detector, cfg.MODEL.WEIGHTS, *fitting(finetune))
+    received = report.loaded
     parts = [p for p in cfg.SSL.TRAIN if p in pretext.method.reaches]
     state = {k: v for k, v in trunk.state_dict().items() if not k.endswith("num_batches_tracked")}
     kept = [prefix for part in parts for prefix in STOCK_PART[part]]
@@ -135,8 +135,8 @@ def hand_off(cfg) -> str:
             "fingerprint": values,
         },
     }
-    if predictors_in(names):
-        content["thing_classes"] = training_classes(finetune)
+    if report.classes:
+        content["thing_classes"] = report.classes
     path = pretrained_path(cfg)
     with atomic_open(path, "wb") as file:
         torch.save(content, file)

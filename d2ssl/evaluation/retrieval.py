@@ -18,7 +18,7 @@ from detectron2.structures import Boxes
 from torch.nn.functional import normalize
 from torchvision.ops import nms, roi_align
 
-from d2ssl.data.build import load_dicts, with_proposals
+from d2ssl.data.build import load_dicts, load_photos, with_proposals
 from d2ssl.data.loader import random_state
 from d2ssl.data.mapper import to_tensor
 from d2ssl.data.photos import PhotoStore
@@ -108,8 +108,9 @@ class BoxRetrieval:
         self._view = View(cfg.SSL.INPUT.VIEW_SIZE, **(augmentation or AUGMENTATION))
         self._store = PhotoStore(photo_side([self._view]))
 
-        training = load_dicts(cfg.SSL.DATASETS)
-        photos = with_proposals(cfg, _spread(load_dicts(heldout), MAX_PHOTOS))
+        training = load_photos(cfg.SSL.DATASETS)
+        load = load_dicts if cfg.SSL.PROPOSALS.SOURCE == "annotations" else load_photos
+        photos = with_proposals(cfg, _spread(load(heldout), MAX_PHOTOS))
         _refuse_trained_on(photos, training)
         self._store.preload(photo["file_name"] for photo in photos)
         self.draws = [

@@ -12,6 +12,7 @@ from detectron2.data import MetadataCatalog
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from d2ssl.atomic import make_folder
 from d2ssl.data.checks import ERROR, SEVERITIES, CheckedSet, Finding
 from d2ssl.data.datasets.catalog import decoder
 from d2ssl.data.photos import read_photo
@@ -39,7 +40,7 @@ def write_dataset_page(path: str, sets: Sequence[CheckedSet], cfg) -> None:
         cfg: its INPUT says how large photos are in fine-tuning, its SSL node what pretraining
             sees.
     """
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    make_folder(os.path.dirname(path))
     title = ", ".join(one.name for one in sets)
     body = [
         pieces.heading(title),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from d2ssl import __version__
 from d2ssl.config import finetune_cfg, get_cfg, method_title, pretrain_cfg, pretrained_path
-from d2ssl.data.build import load_dicts
+from d2ssl.data.build import count_photos, load_dicts
 from d2ssl.report import pieces, plots
 from d2ssl.report.pictures import compare_predictions, predictions_file
 
@@ -82,16 +82,22 @@ def _results(cfg) -> str:
 
 
 def _ap_table(tasks: Dict[str, Dict[str, float]]) -> str:
-    names = {"segm": "Masks", "bbox": "Boxes"}
+    names = {
+        "segm": "Masks",
+        "bbox": "Boxes",
+        "open_images_segm": "Masks, by the challenge",
+        "open_images_bbox": "Boxes, by the challenge",
+    }
     rows, classes = [], []
     for task in sorted(tasks, key=lambda t: t != "segm"):
         metrics = tasks[task]
         rows.append([names.get(task, task), *(_number(metrics.get(c)) for c in AP_COLUMNS)])
         for key, value in metrics.items():
-            if key.startswith("AP-"):
-                classes.append([key[3:], names.get(task, task).lower(), _number(value)])
+            if key.startswith(("AP-", "AP50-")):
+                what, _, name = key.partition("-")
+                classes.append([name, f"{names.get(task, task)}, {what}", _number(value)])
     out = pieces.table(["", *AP_COLUMNS], rows, main=1)
-    if any(row[1] == "–" for row in rows):
+    if any(metrics.get("AP") is None and "AP" in metrics for metrics in tasks.values()):
         out += pieces.line("The detector predicted nothing that could be evaluated; read – as 0.")
     elif any(cell == "–" for row in rows for cell in row):
         out += pieces.line(
@@ -100,15 +106,15 @@ def _ap_table(tasks: Dict[str, Dict[str, float]]) -> str:
         )
     if classes:
         out += (
-            f"<details><summary>By class</summary>{pieces.table(['', '', 'AP'], classes)}</details>"
+            f"<details><summary>By class</summary>{pieces.table(['', '', ''], classes)}</details>"
         )
     return out
 
 
 def _small_set_note(name: str) -> str:
-    dicts = load_dicts([name])
-    if len(dicts) >= SMALL_TEST_SET:
+    if count_photos([name]) >= SMALL_TEST_SET:
         return ""
+    dicts = load_dicts([name])
     objects = sum(len(d.get("annotations", [])) for d in dicts)
     return pieces.line(
         f"{pieces.count(len(dicts), 'photo')}, {pieces.count(objects, 'object')}: differences of a "
@@ -263,7 +269,7 @@ def _method(cfg) -> str:
 
 
 def _sets(names: Sequence[str]) -> str:
-    return ", ".join(f"{name} ({pieces.count(len(load_dicts([name])), 'photo')})" for name in names)
+    return ", ".join(f"{name} ({pieces.count(count_photos([name]), 'photo')})" for name in names)
 
 
 def _network(cfg) -> str:

@@ -13,7 +13,7 @@ import torch
 from detectron2.data import MetadataCatalog
 from PIL import Image
 
-from d2ssl.atomic import atomic_open
+from d2ssl.atomic import atomic_open, make_folder
 from d2ssl.config import pretrain_cfg
 from d2ssl.data.build import build_pretrain_loader
 from d2ssl.data.datasets import ensure_registered
@@ -131,6 +131,7 @@ def show_views(cfg, num_photos: int, seed: int | None) -> Iterator[Shown]:
     if any(type(x).compare is not PretextMethod.compare for x in _methods(method)):
         load_weights(model.trunk, cfg.MODEL.WEIGHTS)
     loader = build_pretrain_loader(stage, method.views, method.view_pairs, method.needs)
+    num_photos *= len(stage.DATASETS.TRAIN)
     trainer = SimpleNamespace(loader=loader, module=model, cfg=stage)
     for name, caption, pictures in (
         ("views", "What the network sees", PutPictures.of_views(cfg, trainer, num_photos)),
@@ -167,12 +168,12 @@ def write_pictures(output: str, title: str, shown: Iterable[Shown]) -> int:
         if is_page:
             figures.append(pieces.figure(one.image, one.caption))
             continue
-        os.makedirs(output, exist_ok=True)
+        make_folder(output)
         with atomic_open(os.path.join(output, one.file), "wb") as file:
             kind = "PNG" if one.file.endswith(".png") else "JPEG"
             Image.fromarray(one.image).save(file, kind, quality=90)
     if is_page:
-        os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+        make_folder(os.path.dirname(output))
         body = f'<div class="photos">{"".join(figures)}</div>'
         pieces.write_page(output, title, [pieces.heading(title), body])
     return count

@@ -130,7 +130,7 @@ FAULTS = {
         of_photo(height=128, width=96, annotations=[label()]),
         ERROR, "photo has another size than its labels say",
     ),
-    "no mask": (first(segmentation=None), WARNING, "object without a mask"),
+    "no mask": (first(segmentation=None), ERROR, "object without a mask"),
 }  # fmt: skip
 
 

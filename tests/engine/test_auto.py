@@ -16,7 +16,7 @@ def resolve(monkeypatch):
     """Callable: number of photos and overrides -> (batch, lr, momentum, queue)."""
 
     def run(photos, *opts):
-        monkeypatch.setattr(auto, "load_dicts", lambda names: [{}] * photos)
+        monkeypatch.setattr(auto, "count_photos", lambda names: photos)
         cfg = resolve_auto(load_cfg(opts=[*PHOTOS, *opts]))
         assert cfg.is_frozen()
         return tuple(get_key(cfg, key) for key in AUTO_KEYS)
@@ -54,10 +54,11 @@ def test_what_holds_for_any_size(resolve, photos):
     "method, queue, similarities",
     [
         # 224 px: 14^2 + 14^2 + 14^2 + 7^2 = 637 cells, of which 8 are sent; batches of 64 photos.
-        (["SSL.METHOD", "PLMoCo"], 256, 637 * 8),
-        (["SSL.METHOD", "PLMoCoPlus"], 256, 637 * 8 + 1),
-        (["SSL.METHOD", "DenseCL"], 512, 637 * 4 + 1),  # a key a level
-        (["SSL.METHODS", '[["SoCo", 1.0], ["RLMoCo", 1.0]]'], 4096, 4 * 16 * 8),
+        (["SSL.METHOD", "PLMoCo"], 128, 2 * 637 * 8),  # each view finds the other
+        (["SSL.METHOD", "PLMoCo", "SSL.QUEUE.SYMMETRIC", "False"], 256, 637 * 8),
+        (["SSL.METHOD", "PLMoCoPlus"], 128, 2 * (637 * 8 + 1)),
+        (["SSL.METHOD", "DenseCL"], 256, 2 * (637 * 4 + 1)),  # a key a level
+        (["SSL.METHODS", '[["SoCo", 1.0], ["RLMoCo", 1.0]]'], 2048, 2 * 4 * 16 * 8),
         (["SSL.METHOD", "MoCo"], 32768, 1),
     ],
 )
@@ -108,7 +109,7 @@ def test_what_was_filled_in_is_logged(resolve, caplog):
 
 
 def test_without_pretraining_nothing_is_looked_up(monkeypatch):
-    monkeypatch.setattr(auto, "load_dicts", lambda names: 1 / 0)
+    monkeypatch.setattr(auto, "count_photos", lambda names: 1 / 0)
     cfg = load_cfg(opts=["SSL.ENABLED", "False"])
     assert resolve_auto(cfg) is cfg
 

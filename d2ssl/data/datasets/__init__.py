@@ -64,7 +64,7 @@ def register_builtin() -> None:
     """
     Register the published sets under ``$DETECTRON2_DATASETS``, ``datasets`` where that is unset.
 
-    Called on import. A name that the user registered before is left to the user.
+    Called on import. A family is left to the user who registered its ``_train`` before.
     """
     root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
     taken = set(DatasetCatalog.list())

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Callable
@@ -10,10 +9,9 @@ from typing import Any, Callable
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2ssl.data.photos import map_photos
+from d2ssl.errors import D2SSLError
 
 Decode = Callable[[dict], dict]
-
-FEW = 32  # photos whose masks are read sooner than worker processes start
 
 # What is behind a name in Detectron2's catalog, where the masks are read apart from the list.
 _PARTS: dict[str, tuple[Callable[[], list[dict]], Decode]] = {}
@@ -35,17 +33,42 @@ def register_dataset(
             Must be picklable: it runs in several processes, for the photos that are used.
         metadata: goes to MetadataCatalog.
     """
-    _PARTS.pop(name, None)
-    if name in DatasetCatalog.list():
-        DatasetCatalog.remove(name)
-        if name in MetadataCatalog.list():  # a set's metadata cannot be changed, only replaced
-            MetadataCatalog.remove(name)
+    parts = [other for other in DatasetCatalog.list() if other.startswith(f"{name}@")]
+    for old in (name, *parts):  # parts are of the set as it was
+        _PARTS.pop(old, None)
+        if old in DatasetCatalog.list():
+            DatasetCatalog.remove(old)
+            if old in MetadataCatalog.list():  # metadata cannot be changed, only replaced
+                MetadataCatalog.remove(old)
     if decode is None:
         DatasetCatalog.register(name, load)
     else:
         _PARTS[name] = load, decode
         DatasetCatalog.register(name, partial(_load_all, name))
     MetadataCatalog.get(name).set(**metadata)
+
+
+def set_metadata(name: str, **values: Any) -> None:
+    """Say what is known of a set only when it was listed, also where it was listed before."""
+    metadata = MetadataCatalog.get(name)
+    for key, value in values.items():
+        if hasattr(metadata, key):
+            delattr(metadata, key)  # Detectron2 refuses another value
+        metadata.set(**{key: value})
+
+
+def class_names(classes: Sequence[str]) -> list[str]:
+    """
+    Names of classes as a list.
+
+    Raises:
+        D2SSLError: a single string, or a name that is there twice.
+    """
+    if isinstance(classes, str):
+        raise D2SSLError(f"classes is {classes!r}; give a list of names, [{classes!r}]")
+    if len(set(classes)) < len(classes):
+        raise D2SSLError(f"classes {[*classes]} has a name twice; name each class once")
+    return [*classes]
 
 
 def _load_all(name: str) -> list[dict]:
@@ -63,12 +86,10 @@ def decoded(name: str, dicts: Sequence[dict], num_workers: int | None = None) ->
 
     Args:
         dicts: all or some of those that the set lists.
-        num_workers: processes; default: as many as there are cores, none for few photos.
+        num_workers: see :func:`~d2ssl.data.photos.map_photos`.
     """
     if name not in _PARTS:
         return iter(dicts)
-    if num_workers is None:
-        num_workers = (os.cpu_count() or 1) if len(dicts) > FEW else 0
     return map_photos(decoder(name), dicts, name, num_workers)
 
 

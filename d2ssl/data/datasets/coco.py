@@ -21,10 +21,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from d2ssl.data.datasets.catalog import register_dataset
+from d2ssl.data.datasets.catalog import class_names, register_dataset, set_metadata
 from d2ssl.data.datasets.files import locate, read_json, require_folder
 from d2ssl.data.datasets.outlines import check_size
 from d2ssl.data.masks import annotation_mask
@@ -51,7 +50,7 @@ def register_coco(
     file = os.path.join(root, json_file)
     image_root = os.path.join(root, images) if images else os.path.dirname(file)
     load = partial(_load, name, root, file, image_root, classes)
-    known = {} if classes is None else {"thing_classes": [*classes]}
+    known = {} if classes is None else {"thing_classes": class_names(classes)}
     register_dataset(name, load, evaluator_type="coco", **known)
 
 
@@ -73,9 +72,8 @@ def _load(
             if annotation["category_id"] in kept
         ]
     # The metadata know the categories only now; parts of the set copy them later.
-    MetadataCatalog.get(name).set(
-        thing_classes=[names[i] for i in kept], thing_dataset_id_to_contiguous_id=kept
-    )
+    classes = [names[i] for i in kept]
+    set_metadata(name, thing_classes=classes, thing_dataset_id_to_contiguous_id=kept)
     return dicts
 
 

@@ -4,9 +4,7 @@ import os
 import re
 from functools import partial
 
-from detectron2.data import MetadataCatalog
-
-from d2ssl.data.datasets.catalog import register_dataset
+from d2ssl.data.datasets.catalog import register_dataset, set_metadata
 from d2ssl.data.datasets.files import locate, read_csv, read_lines, require_folder
 from d2ssl.data.datasets.folder import register_image_folder
 from d2ssl.data.photos import add_size
@@ -97,7 +95,7 @@ def _load_store(name: str, root: str, split: str) -> list[dict]:
                 "files again"
             )
         rows.append((match[1], {"category_id": fine, "coarse_category_id": coarse}))
-    MetadataCatalog.get(name).set(classes=classes, coarse_classes=coarse_classes)
+    set_metadata(name, classes=classes, coarse_classes=coarse_classes)
     return _entries(root, rows, source)
 
 

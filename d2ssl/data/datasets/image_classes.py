@@ -4,10 +4,9 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from detectron2.data import MetadataCatalog
 from torchvision.datasets.folder import find_classes, make_dataset
 
-from d2ssl.data.datasets.catalog import register_dataset
+from d2ssl.data.datasets.catalog import class_names, register_dataset, set_metadata
 from d2ssl.data.datasets.files import Notes, require_folder
 from d2ssl.data.datasets.folder import SUFFIXES
 from d2ssl.data.photos import add_size
@@ -42,7 +41,7 @@ def register_image_classes(
             register_dataset(each, partial(_load_set, each, folder, first, titles or {}), add_size)
         else:
             load = partial(load_image_classes, folder, classes)
-            register_dataset(each, load, add_size, classes=[*classes])
+            register_dataset(each, load, add_size, classes=class_names(classes))
 
 
 def load_image_classes(folder: str, classes: Sequence[str]) -> list[dict]:
@@ -99,7 +98,7 @@ def class_folders(folder: str) -> list[str]:
 
 def _load_set(name: str, folder: str, first: str, titles: Mapping[str, str]) -> list[dict]:
     classes = class_folders(first)
-    MetadataCatalog.get(name).set(classes=[titles.get(each, each) for each in classes])
+    set_metadata(name, classes=[titles.get(each, each) for each in classes])
     return load_image_classes(folder, classes)
 
 

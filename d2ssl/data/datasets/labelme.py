@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-from detectron2.data import MetadataCatalog
 from PIL import Image
 
-from d2ssl.data.datasets.catalog import register_dataset
+from d2ssl.data.datasets.catalog import class_names, register_dataset, set_metadata
 from d2ssl.data.datasets.files import Notes, locate, read_json, require_folder
 from d2ssl.data.datasets.outlines import (
     as_points,
@@ -49,7 +48,7 @@ def register_labelme(
         classes: the labels, in this order; another label is an error, except for NO_CLASS, whose
             shapes are left out. Default: the labels found, sorted.
     """
-    known = {} if classes is None else {"thing_classes": [*classes]}
+    known = {} if classes is None else {"thing_classes": class_names(classes)}
     load = partial(_load, name, root, images, classes)
     register_dataset(name, load, evaluator_type="coco", **known)
 
@@ -83,7 +82,7 @@ def _load(name: str, root: str, images: str, classes: Sequence[str] | None) -> l
         dicts.append({**record, "annotations": annotations})
     notes.log()
     # The metadata know the classes only now; parts of the set copy them later.
-    MetadataCatalog.get(name).set(thing_classes=[*classes])
+    set_metadata(name, thing_classes=[*classes])
     return dicts
 
 

@@ -20,10 +20,9 @@ from functools import partial
 import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
-from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
-from d2ssl.data.datasets.catalog import register_dataset
+from d2ssl.data.datasets.catalog import register_dataset, set_metadata
 from d2ssl.data.datasets.files import Notes, locate, read_csv, read_json, read_lines, require_folder
 from d2ssl.data.datasets.folder import list_photos
 from d2ssl.data.masks import mask_annotation, read_label_image
@@ -124,9 +123,10 @@ def _load_split(name: str, root: str, split: str) -> list[dict]:
     require_folder(folder, f"put the photos of the {split} set there")
     files = locate(folder, (f"{key}.jpg" for key in images), labels)
     return [
-        {"file_name": file, "image_id": image_id, **image}
+        {"file_name": file, "image_id": image_id, **image,
+         "classes": sorted({place for _, place, _ in image["masks"]})}
         for image_id, (file, image) in enumerate(zip(files, images.values()))
-    ]
+    ]  # fmt: skip
 
 
 def _load_test(name: str, root: str) -> list[dict]:
@@ -145,8 +145,7 @@ def _read_classes(name: str, root: str) -> dict[str, int]:
     places = {mid: place for place, (mid, _) in enumerate(rows)}
     if not rows or len(places) < len(rows):
         raise D2SSLError(f"{path}: has a class twice, or none at all; get it again")
-    metadata = MetadataCatalog.get(name)
-    metadata.set(thing_classes=[title for _, title in rows], mids=list(places))
+    set_metadata(name, thing_classes=[title for _, title in rows], mids=list(places))
     return places
 
 
@@ -247,7 +246,7 @@ def _decode(root: str, split: str, entry: dict) -> dict:
     """
     entry = dict(entry)
     height, width = photo_size(entry["file_name"])
-    rows, boxes = entry.pop("masks"), entry.pop("boxes")
+    rows, boxes, _ = (entry.pop(key) for key in ("masks", "boxes", "classes"))
     folder = os.path.join(root, "masks", split)
     digit = os.path.basename(entry["file_name"])[0]
     part = os.path.join(folder, f"{split}-masks-{digit}")

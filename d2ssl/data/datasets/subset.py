@@ -20,6 +20,8 @@ from d2ssl.errors import D2SSLError
 
 _NAME = re.compile(r"(?P<base>.+)@(?P<count>[1-9]\d*)(#seed(?P<seed>\d{1,9}))?")
 
+KNOWN = {"category_id", "annotations", "classes"}  # keys that tell a photo's classes
+
 # Classes of each photo where finding them takes decoding: by the set's decoder and file names.
 _DECODED: dict[tuple, list[set[int]]] = {}
 
@@ -120,7 +122,7 @@ def _has_several_classes(base: str) -> bool:
 def _classes(base: str, dicts: list[dict]) -> list[set[int]]:
     """Classes of each photo. Where only decoding tells, all photos are decoded, once a process."""
     decode = decoder(base)
-    if decode is None or all("category_id" in d or "annotations" in d for d in dicts):
+    if decode is None or all(KNOWN & d.keys() for d in dicts):
         return [classes_of(d) for d in dicts]
     key = (decode, *(d["file_name"] for d in dicts))
     if key not in _DECODED:

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from d2ssl.data.datasets.catalog import register_dataset
+from d2ssl.data.datasets.catalog import class_names, register_dataset
 from d2ssl.data.datasets.files import Notes, locate, read_json, require_folder
 from d2ssl.data.datasets.outlines import (
     as_points,
@@ -52,7 +52,7 @@ def register_via(
     file = os.path.join(root, json_file)
     image_root = os.path.join(root, images) if images else os.path.dirname(file)
     load = partial(_load, root, how, file, image_root, classes, attribute)
-    thing_classes = [*(ONE_CLASS if classes is None else classes)]
+    thing_classes = class_names(ONE_CLASS if classes is None else classes)
     register_dataset(name, load, thing_classes=thing_classes, evaluator_type="coco")
 
 

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from d2ssl.data.datasets.catalog import register_dataset
+from d2ssl.data.datasets.catalog import class_names, register_dataset
 from d2ssl.data.datasets.files import locate, read_lines, require_folder
 from d2ssl.data.masks import grey_label_file, label_image_annotations, read_label_image
 from d2ssl.data.photos import photo_size
@@ -43,19 +43,20 @@ def register_voc(name: str, root: str, classes: Sequence[str] = VOC_CLASSES) -> 
         classes: names of the classes 1, 2, ... of SegmentationClass; their category_id counts
             from 0.
     """
+    classes = class_names(classes)
     stuff = ["background", *classes]
     for split in ("train", "val", "trainval"):
         register_dataset(
             f"{name}_{split}",
             partial(_list, root, split, (_OBJECTS, _KINDS)),
-            partial(_add_instances, root, [*classes]),
-            thing_classes=[*classes],
+            partial(_add_instances, root, classes),
+            thing_classes=classes,
             evaluator_type="coco",
         )
         register_dataset(
             f"{name}_sem_seg_{split}",
             partial(_list, root, split, (_KINDS,)),
-            partial(_add_labels, root, [*classes]),
+            partial(_add_labels, root, classes),
             stuff_classes=stuff,
             ignore_label=VOID,
             evaluator_type="sem_seg",

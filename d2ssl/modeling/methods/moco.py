@@ -59,7 +59,8 @@ class MoCo(PretextMethod):
 
     @classmethod
     def queue_cost(cls, cfg):
-        return cls.kind.count(cfg) * cls.keys_of_a_photo(cfg)
+        ways = 2 if cfg.SSL.QUEUE.SYMMETRIC else 1
+        return ways * cls.kind.count(cfg) * cls.keys_of_a_photo(cfg)
 
     def forward(self, views):
         a, b = views[:2]
