@@ -123,8 +123,8 @@ def check_classes(cfg, names: Sequence[str], weights: Sequence[str] = ()) -> Non
     for other, found in others:
         if found != classes:
             raise D2SSLError(
-                f"{first} has classes {', '.join(classes)} and {other} has {', '.join(found)}; "
-                "register both with the same classes in the same order, classes=[...]"
+                f"classes differ: {', '.join(classes)} of {first}, {', '.join(found)} of {other}; "
+                "register sets with the same classes in the same order, classes=[...]"
             )
     count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if len(classes) != count:

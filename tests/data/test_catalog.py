@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from d2ssl.data.datasets import fingerprint, register_dataset
+from d2ssl.data.datasets import ensure_registered, fingerprint, register_dataset
+from d2ssl.data.datasets.catalog import class_names, set_metadata
+from d2ssl.errors import D2SSLError
 
 
 def test_registering_again_replaces_and_reads_nothing_before_use():
@@ -16,6 +18,34 @@ def test_registering_again_replaces_and_reads_nothing_before_use():
     assert MetadataCatalog.get("test_catalog").thing_classes == ["a"]
     register_dataset("test_catalog", list, thing_classes=["b"])
     assert MetadataCatalog.get("test_catalog").thing_classes == ["b"]
+
+
+def test_parts_follow_a_set_that_is_registered_anew():
+    register_dataset("test_anew", lambda: [{"image_id": 1}], lambda d: {**d, "by": "old"},
+                     thing_classes=["old"])  # fmt: skip
+    ensure_registered(["test_anew@1"])
+    assert DatasetCatalog.get("test_anew@1") == [{"image_id": 1, "by": "old"}]
+    register_dataset("test_anew", lambda: [{"image_id": 2}], thing_classes=["new"])
+    assert "test_anew@1" not in DatasetCatalog.list()
+    ensure_registered(["test_anew@1"])
+    assert DatasetCatalog.get("test_anew@1") == [{"image_id": 2}]
+    assert MetadataCatalog.get("test_anew@1").thing_classes == ["new"]
+
+
+def test_metadata_that_are_known_late_may_change():
+    register_dataset("test_late", list)
+    set_metadata("test_late", thing_classes=["a"])
+    set_metadata("test_late", thing_classes=["a", "b"], mids=["x"])
+    assert MetadataCatalog.get("test_late").thing_classes == ["a", "b"]
+    assert MetadataCatalog.get("test_late").mids == ["x"]
+
+
+def test_classes_are_a_list_of_different_names():
+    assert class_names(("cat", "dog")) == ["cat", "dog"]
+    with pytest.raises(D2SSLError, match="classes is 'dog'; give a list of names"):
+        class_names("dog")
+    with pytest.raises(D2SSLError, match="has a name twice"):
+        class_names(["a", "b", "a"])
 
 
 DICTS = [

@@ -1,6 +1,8 @@
 import logging
 import os
 import pickle
+import tempfile
+import time
 
 import cv2
 import numpy as np
@@ -192,3 +194,17 @@ def test_each_photo_is_mapped_in_order_in_the_stated_processes(num_workers):
     assert list(names) == files
     assert (os.getpid() in processes) == (num_workers == 0)
     assert list(map_photos(name_and_process, [], "names", num_workers)) == []
+
+
+def count_up(folder):
+    """A file for each photo that was begun."""
+    tempfile.mkstemp(dir=folder)
+
+
+def test_workers_do_not_run_far_ahead(tmp_path):
+    """Whoever takes the results slowly must not find all of them in memory."""
+    results = map_photos(count_up, [str(tmp_path)] * 2000, "ahead", num_workers=1)
+    next(results)
+    time.sleep(1)
+    assert len(os.listdir(tmp_path)) <= 6 * 16  # chunks of 16: four that wait, one in work
+    assert sum(1 for _ in results) == 1999 and len(os.listdir(tmp_path)) == 2000

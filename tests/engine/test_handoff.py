@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
 
 from d2ssl.config import pretrained_path
 from d2ssl.engine.handoff import _earlier_methods
@@ -133,6 +135,41 @@ def test_one_method_after_another(handed_off, tiny_cfg, tmp_path):
     stem = "backbone.bottom_up.stem.conv1.weight"
     change = (content["model"][stem] - first["model"][stem]).norm() / first["model"][stem].norm()
     assert 0 < change < 0.1  # it went on from there
+
+
+def test_predictors_of_a_detector_keep_their_classes(tiny_cfg, tmp_path):
+    """Two classes, of which the training set has one, known only once that set is listed."""
+    from d2ssl.config import finetune_cfg
+    from d2ssl.data.datasets import register_dataset
+    from d2ssl.data.datasets.catalog import set_metadata
+
+    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", "2", "SSL.ENABLED", "False"]
+    donor = build_model(finetune_cfg(tiny_cfg(*opts))).state_dict()
+    weights = str(tmp_path / "donor.pth")
+    torch.save({"model": donor, "thing_classes": ["kite", "balloon"]}, weights)
+
+    def load():
+        set_metadata("late_train", thing_classes=["balloon"])
+        return DatasetCatalog.get("balloon_demo_train")
+
+    register_dataset("late_train", load, evaluator_type="coco")
+    opts = [
+        "MODEL.WEIGHTS",
+        weights,
+        "SSL.SOLVER.MAX_ITER",
+        "1",
+        "DATASETS.TRAIN",
+        "('late_train',)",
+    ]
+    cfg = tiny_cfg(*opts, output_dir=tmp_path / "late")
+    pretrain(cfg)
+    content = torch.load(pretrained_path(cfg), weights_only=True)
+    DatasetCatalog.remove("late_train")
+    assert content["thing_classes"] == ["balloon"]
+    name = "roi_heads.box_predictor.cls_score.weight"
+    assert torch.equal(content["model"][name], donor[name][1:])  # balloon, background
+    assert torch.equal(content["model"]["roi_heads.mask_head.predictor.weight"],
+                       donor["roi_heads.mask_head.predictor.weight"][1:])  # fmt: skip
 
 
 def test_other_weights_have_nothing_before_them(tmp_path):

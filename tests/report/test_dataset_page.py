@@ -214,6 +214,28 @@ def test_exit_codes(command, demo_root, tmp_path, catalog):
     assert (tmp_path / "output" / "check" / "again_train+again_test.html").is_file()
 
 
+def test_what_the_detector_of_a_config_cannot_learn(command, tmp_path, catalog):
+    register(tmp_path / "two", "two", thing_classes=["ball", "box"])
+    register(tmp_path / "boxes", "boxes", change=lambda dicts: [
+        d["annotations"][0].pop("segmentation") for d in dicts])  # fmt: skip
+    yaml = tmp_path / "one_class.yaml"
+    yaml.write_text("MODEL: {MASK_ON: True, ROI_HEADS: {NUM_CLASSES: 1}}\n")
+    for name, what in (
+        ("two", "the detector is built for another number of classes"),
+        ("boxes", "no masks for a detector with masks"),
+    ):
+        code, out, _ = command(name, "--config-file", yaml)
+        assert code == 1 and what in out
+        assert command(name)[0] == 0  # nobody said which detector
+
+
+def test_an_output_that_is_a_file_is_one_line(command, tmp_path, catalog):
+    register(tmp_path / "photos", "photos")
+    (tmp_path / "taken").write_text("")
+    code, _, err = command("photos", "--output", tmp_path / "taken")
+    assert code == 2 and "taken: cannot be made a folder" in err and "Traceback" not in err
+
+
 def test_bad_input_is_one_line_and_exit_code_2(command, demo_root, catalog):
     register_balloon("balloon_demo", demo_root / "balloon_demo")
     for args, message in (

@@ -100,6 +100,17 @@ def test_a_whole_run(cfg, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_the_challenge_s_ap_stands_beside_coco_s(cfg, tmp_path):
+    write_finetuning(
+        tmp_path, {**RESULTS, "open_images_segm": {"AP50": 41.0, "AP50-balloon": 41.0}}
+    )
+    page = read(write_report(cfg))
+    rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in page.split("<tr>")]
+    assert ["Masks, by the challenge", "–", "41.0", *["–"] * 4] in rows
+    assert ["balloon", "Masks, by the challenge, AP50", "41.0"] in rows
+    assert "predicted nothing" not in page
+
+
 def test_it_is_self_contained(cfg, tmp_path):
     write_pretraining(tmp_path)
     write_finetuning(tmp_path)

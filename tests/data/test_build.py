@@ -1,0 +1,73 @@
+"""What is read of data sets, when, and what of them contradicts a detector."""
+
+from types import SimpleNamespace
+
+import pytest
+from detectron2.data import DatasetCatalog
+from PIL import Image
+
+from d2ssl.config import load_cfg
+from d2ssl.data.build import check_classes, count_photos, detection_sets, load_dicts, load_photos
+from d2ssl.data.datasets import ensure_registered, register_dataset
+from d2ssl.errors import D2SSLError
+
+
+@pytest.fixture
+def register(tmp_path):
+    """Callable: name, classes -> a set of two photos whose labels take decoding; counts these."""
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    made = []
+
+    def run(name, *classes):
+        seen = SimpleNamespace(decoded=0)
+
+        def decode(entry):
+            seen.decoded += 1
+            return {**entry, "height": 20, "width": 30, "annotations": []}
+
+        dicts = [{"file_name": str(tmp_path / "a.png"), "image_id": i} for i in range(2)]
+        register_dataset(name, lambda: dicts, decode, thing_classes=[*classes])
+        made.append(name)
+        return seen
+
+    yield run
+    for name in made:
+        DatasetCatalog.remove(name)
+
+
+def test_masks_are_read_only_where_they_are_wanted(register):
+    seen = register("lazy", "cat")
+    ensure_registered(["lazy@1"])
+    assert count_photos(["lazy", "lazy@1"]) == 3
+    photos = load_photos(["lazy"])
+    assert [sorted(photo) for photo in photos] == [["file_name", "height", "image_id", "width"]] * 2
+    assert (photos[0]["height"], photos[0]["width"]) == (20, 30) and seen.decoded == 0
+    assert len(load_dicts(["lazy@1"])) == 1 and seen.decoded == 1
+
+
+def config(train, test, num_classes, *opts):
+    return load_cfg(opts=[
+        "DATASETS.TRAIN", f"('{train}',)", "DATASETS.TEST", f"('{test}',)",
+        "MODEL.ROI_HEADS.NUM_CLASSES", str(num_classes), "SSL.ENABLED", "False", *opts,
+    ])  # fmt: skip
+
+
+def test_one_list_of_classes(register):
+    register("pets_train", "cat", "dog")
+    register("pets_test", "cat", "dog")
+    register("dogs_test", "dog")
+    good = config("pets_train", "pets_test@1", 2)
+    check_classes(good, detection_sets(good))
+    check_classes(good, good.DATASETS.TEST, ["cat", "dog"])
+    for cfg, weights, message in (
+        (config("pets_train", "dogs_test", 2), [],
+         "classes differ: cat, dog of pets_train, dog of dogs_test; register sets with the same"),
+        (config("pets_train", "pets_test", 2, "SSL.FINETUNE.DEV_DATASET", "dogs_test"), [],
+         "classes differ: cat, dog of pets_train, dog of dogs_test"),
+        (good, ["dog", "cat"], "classes differ: dog, cat of the weights, cat, dog of pets_train"),
+        (config("pets_train", "pets_test", 80), [],
+         r"NUM_CLASSES is 80, and pets_train has 2 classes \(cat, dog\); set it to 2"),
+    ):  # fmt: skip
+        with pytest.raises(D2SSLError, match=message) as error:
+            check_classes(cfg, detection_sets(cfg), weights)
+        assert "\n" not in str(error.value)
