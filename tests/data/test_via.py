@@ -320,3 +320,13 @@ def test_real_balloon(shared, split, photos, polygons, caplog):
     annotation = dicts[0]["annotations"][0]
     assert annotation["segmentation"][0][::2] == [x + 0.5 for x in first["all_points_x"]]
     assert annotation["bbox"][3] == max(first["all_points_y"])
+
+
+def test_a_file_by_another_name_is_pointed_to(tmp_path):
+    """VIA saves as via_export_json.json, or by the project's name."""
+    register_via("test_named", tmp_path)
+    with pytest.raises(D2SSLError, match="via_region_data.json: no such file; check the path"):
+        DatasetCatalog.get("test_named")
+    (tmp_path / "via_export_json.json").write_text("{}")
+    with pytest.raises(D2SSLError, match="there is via_export_json.json: json_file='via_export_"):
+        DatasetCatalog.get("test_named")

@@ -56,9 +56,15 @@ def register_via(
     register_dataset(name, load, thing_classes=thing_classes, evaluator_type="coco")
 
 
-def _load(root: str, how: str, *arguments) -> list[dict]:
+def _load(root: str, how: str, file: str, *arguments) -> list[dict]:
     require_folder(root, how)
-    return load_via_json(*arguments)
+    others = sorted(name for name in os.listdir(root) if name.lower().endswith(".json"))
+    if not os.path.exists(file) and others:  # VIA calls its files by the project and the date
+        raise D2SSLError(
+            f"{file}: no such file; in that folder there is {', '.join(others[:_FEW])}: "
+            f"json_file={others[0]!r}?"
+        )
+    return load_via_json(file, *arguments)
 
 
 def load_via_json(
