@@ -193,6 +193,10 @@ def set_key(cfg: CN, key: str, value) -> None:
 
 def _explain(cfg: CN, error: Exception) -> str:
     message = str(error).strip("'\"")
+    mismatch = re.search(r"<class 'tuple'> vs.* vs\. (\S+)\) for config key: (\S+)", message)
+    if mismatch:
+        value, key = mismatch.groups()
+        return f"""{key} {value}: is a list; write "('{value}',)", with the comma"""
     match = re.search(r"Non-existent (?:config )?key: (\S+)", message)
     if not match:
         return f"config: {' '.join(message.split())}"

@@ -99,3 +99,10 @@ def test_missing_file_and_unknown_key_in_file(tmp_path):
 
 def test_negative_seed_becomes_zero():
     assert load_cfg(opts=PHOTOS).SEED == 0
+
+
+def test_a_name_where_a_list_is_wanted():
+    with pytest.raises(D2SSLError) as error:
+        load_cfg(opts=["SSL.DATASETS", "my_photos"])
+    wanted = """SSL.DATASETS my_photos: is a list; write "('my_photos',)", with the comma"""
+    assert str(error.value) == wanted
