@@ -23,6 +23,7 @@ import sys
 
 from d2ssl.compat import require_detectron2
 from d2ssl.errors import exit_on_error
+from d2ssl.options import add_register
 
 
 def parse_args(argv=None):
@@ -38,13 +39,7 @@ def parse_args(argv=None):
         metavar="NAME, KEY VALUE",
         help="registered data sets, and then config keys to override, e.g. INPUT.MIN_SIZE_TEST 512",
     )
-    parser.add_argument(
-        "--register",
-        action="append",
-        default=[],
-        metavar="MODULE:FUNCTION",
-        help="a function of yours that registers data sets; may be given several times",
-    )
+    add_register(parser)
     parser.add_argument("--config-file", default="", metavar="FILE", help="a yaml, see configs/")
     parser.add_argument(
         "--output", default="output/check", metavar="DIR", help="folder of the page (%(default)s)"

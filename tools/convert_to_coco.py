@@ -17,6 +17,7 @@ import time
 
 from d2ssl.compat import require_detectron2
 from d2ssl.errors import exit_on_error
+from d2ssl.options import add_register
 
 
 def parse_args(argv=None):
@@ -30,13 +31,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--output", required=True, metavar="FILE.json", help="replaced where it is there"
     )
-    parser.add_argument(
-        "--register",
-        action="append",
-        default=[],
-        metavar="MODULE:FUNCTION",
-        help="a function of yours that registers data sets; may be given several times",
-    )
+    add_register(parser)
     parser.add_argument(
         "--image-root",
         default="",

@@ -12,6 +12,7 @@ import sys
 
 from d2ssl.compat import require_detectron2
 from d2ssl.errors import exit_on_error
+from d2ssl.options import add_register
 
 
 def parse_args(argv=None):
@@ -34,14 +35,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST"
     )
-    parser.add_argument(
-        "--register",
-        action="append",
-        default=[],
-        metavar="MODULE:FUNCTION",
-        help="a function of yours that registers data sets, called after those of SSL.REGISTER; "
-        "may be given several times",
-    )
+    add_register(parser, ", called after those of SSL.REGISTER")
     parser.add_argument(
         "--num-gpus",
         type=int,

@@ -18,6 +18,7 @@ import sys
 
 from d2ssl.compat import require_detectron2
 from d2ssl.errors import exit_on_error
+from d2ssl.options import add_register
 
 
 def parse_args(argv=None):
@@ -37,13 +38,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--output", required=True, metavar="DIR|FILE.html", help="folder, or page, to write"
     )
-    parser.add_argument(
-        "--register",
-        action="append",
-        default=[],
-        metavar="MODULE:FUNCTION",
-        help="a function of yours that registers data sets; may be given several times",
-    )
+    add_register(parser)
     parser.add_argument(
         "--num-photos", type=int, default=8, metavar="N", help="of each set (default: %(default)s)"
     )

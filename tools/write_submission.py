@@ -20,6 +20,7 @@ import sys
 
 from d2ssl.compat import require_detectron2
 from d2ssl.errors import exit_on_error
+from d2ssl.options import add_register
 
 
 def parse_args(argv=None):
@@ -37,13 +38,7 @@ def parse_args(argv=None):
         help="coco_instances_results.json as Detectron2's evaluators write it",
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="the CSV to write")
-    parser.add_argument(
-        "--register",
-        action="append",
-        default=[],
-        metavar="MODULE:FUNCTION",
-        help="a function of yours that registers data sets; may be given several times",
-    )
+    add_register(parser)
     parser.add_argument(
         "--score-threshold",
         type=float,

@@ -216,7 +216,7 @@ def build_validation_batches(cfg, names: Sequence[str], limit: int = 64) -> List
     """Up to ``limit`` annotated photos at test size, one a batch, held in memory."""
     dicts = [d for d in load_dicts(names) if d.get("annotations")]
     mapper = _test_mapper(cfg, mask_format(cfg, dicts))
-    return [[mapper(d)] for d in _spread(dicts, limit)]
+    return [[mapper(d)] for d in spread(dicts, limit)]
 
 
 def calibration_batches(cfg, names: Sequence[str], limit: int, size: int = 16) -> List[List[dict]]:
@@ -227,7 +227,7 @@ def calibration_batches(cfg, names: Sequence[str], limit: int, size: int = 16) -
     sides, multiples of 32, keep padding out of the statistics.
     """
     mapper = _test_mapper(cfg)
-    dicts = _spread(load_photos(names), limit)
+    dicts = spread(load_photos(names), limit)
     images = [mapper(d)["image"] for d in dicts]
     count = math.ceil(len(images) / size)
     groups = [
@@ -249,7 +249,8 @@ def _test_mapper(cfg, mask_format: str = "") -> DetectionMapper:
     return DetectionMapper(cfg, read, is_train=False, mask_format=mask_format)
 
 
-def _spread(dicts: List[dict], limit: int) -> List[dict]:
+def spread(dicts: List[dict], limit: int) -> List[dict]:
+    """At most ``limit`` of the dicts, evenly spaced."""
     return dicts[:: max(1, math.ceil(len(dicts) / limit))]
 
 

@@ -36,6 +36,11 @@ def part_of(parameter_name: str) -> str:
     return "OTHER"
 
 
+def canonical_size_in_views(cfg, canonical_size: int, view_size: int) -> int:
+    """Size in px of a box that is pooled from P4 while pretraining, given that in fine-tuning."""
+    return max(1, canonical_size * view_size // max(cfg.INPUT.MIN_SIZE_TRAIN))
+
+
 class Trunk(nn.Module):
     """Backbone (ResNet + FPN) and box head, under the names that a stock detector gives them.
 
@@ -70,9 +75,8 @@ class Trunk(nn.Module):
         heads = StandardROIHeads._init_box_head(cfg, backbone.output_shape())
         pooler = heads["box_pooler"]
         if view_size:
-            finetune_size = max(cfg.INPUT.MIN_SIZE_TRAIN)
-            pooler.canonical_box_size = max(
-                1, pooler.canonical_box_size * view_size // finetune_size
+            pooler.canonical_box_size = canonical_size_in_views(
+                cfg, pooler.canonical_box_size, view_size
             )
         return {
             "backbone": backbone,

@@ -20,6 +20,7 @@ from d2ssl.data.scales import CANONICAL_SIZE, LEVELS, finetune_scale, fpn_levels
 from d2ssl.data.views import View
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.methods import PRETEXT_REGISTRY
+from d2ssl.modeling.trunk import canonical_size_in_views
 from d2ssl.report import pieces
 from d2ssl.report.pictures import describe_labels, draw_labels
 from d2ssl.report.plots import BLUE, GREY, ORANGE, STYLE
@@ -273,9 +274,8 @@ def _figure(checked: CheckedSet, index: int, caption: str = "", other: str = "")
 
 
 def pretrain_canonical_size(cfg) -> int:
-    """Size of an object that is pooled from level 4 in pretraining, see
-    :meth:`d2ssl.modeling.trunk.Trunk.from_config`."""
-    return max(1, CANONICAL_SIZE * cfg.SSL.INPUT.VIEW_SIZE // max(cfg.INPUT.MIN_SIZE_TRAIN))
+    """Size of an object that is pooled from level 4 in pretraining, in px of the view."""
+    return canonical_size_in_views(cfg, CANONICAL_SIZE, cfg.SSL.INPUT.VIEW_SIZE)
 
 
 def _views(cfg) -> list[tuple[str, View]]:
