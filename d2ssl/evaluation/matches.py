@@ -1,0 +1,158 @@
+"""Which detections found which objects: what COCO's AP follows from, for any choice of photos.
+
+pycocotools matches once; AP on photos drawn with replacement, on a single photo, or above a score
+follows from the matches in microseconds. That is what a bootstrap over test photos needs.
+"""
+
+import contextlib
+import io
+from dataclasses import dataclass
+from typing import Dict, Sequence
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+TASKS = ("segm", "bbox")
+IOUS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The detections of one model on a test set, the surest first.
+
+    photos: ids of the P photos, in COCO's order.
+    objects: C x P, how many objects of each category a photo shows; crowds do not count.
+    category, photo: D indices into the two axes of ``objects``.
+    score: D, 0..1, falling.
+    found: D x 10 bool, whether the detection found an object at each of COCO's IoUs.
+    ignored: D x 10 bool, whether it counts neither for nor against (it lies on a crowd).
+    """
+
+    photos: Sequence[int]
+    objects: np.ndarray
+    category: np.ndarray
+    photo: np.ndarray
+    score: np.ndarray
+    found: np.ndarray
+    ignored: np.ndarray
+
+    def ap(self, weights: np.ndarray) -> np.ndarray:
+        """COCO's AP in percent on B choices of photos.
+
+        Args:
+            weights: B x P, how often each photo is taken.
+        Returns:
+            B values; NaN where the photos taken show no object.
+        """
+        per_category = [
+            self._category_ap(category, weights) for category in range(len(self.objects))
+        ]
+        with np.errstate(invalid="ignore"):
+            known = ~np.isnan(per_category)
+            return 100 * np.nansum(per_category, axis=0) / known.sum(0)
+
+    def _category_ap(self, category: int, weights: np.ndarray) -> np.ndarray:
+        mine = self.category == category
+        times = weights[:, self.photo[mine]]  # B x D
+        objects = (weights @ self.objects[category]).astype(float)  # B
+        found, ignored = self.found[mine], self.ignored[mine]
+        total = np.zeros(len(weights))
+        for iou in range(len(IOUS)):
+            hit = np.cumsum(times * (found[:, iou] & ~ignored[:, iou]), axis=1)  # B x D
+            miss = np.cumsum(times * (~found[:, iou] & ~ignored[:, iou]), axis=1)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                precision = hit / np.maximum(hit + miss, np.spacing(1))
+                recall = hit / objects[:, None]
+            # The best precision at this recall or a higher one; 0 where none is reached.
+            precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+            for b, (r, p) in enumerate(zip(recall, precision)):
+                at = np.searchsorted(r, RECALLS, side="left")
+                total[b] += np.append(p, 0.0)[at].mean()
+        return np.where(objects > 0, total / len(IOUS), np.nan)
+
+    def above(self, score: float) -> "Matches":
+        """Without the detections below a score. Higher ones match first, so theirs stay."""
+        keep = self.score >= score
+        return Matches(
+            self.photos, self.objects, self.category[keep], self.photo[keep], self.score[keep],
+            self.found[keep], self.ignored[keep],
+        )  # fmt: skip
+
+    def counts(self, iou: int = 0) -> Dict[str, int]:
+        """How many detections are right and wrong at one of the IoUs (0: 0.5), of how many objects."""
+        counted = ~self.ignored[:, iou]
+        right = int((self.found[:, iou] & counted).sum())
+        return {
+            "right": right,
+            "wrong": int(counted.sum()) - right,
+            "objects": int(self.objects.sum()),
+        }
+
+    def to_json(self) -> dict:
+        """Plain values; the flags of a detection's ten IoUs are the bits of a number."""
+        bits = 1 << np.arange(len(IOUS))
+        columns = (
+            self.category, self.photo, self.score.round(6), self.found @ bits, self.ignored @ bits
+        )  # fmt: skip
+        return {
+            "photos": list(self.photos),
+            "objects": self.objects.tolist(),
+            "detections": [list(row) for row in zip(*(c.tolist() for c in columns))],
+        }
+
+    @classmethod
+    def from_json(cls, content: dict) -> "Matches":
+        rows = content["detections"]
+        category, photo, score, found, ignored = (
+            np.array([row[i] for row in rows], dtype=float if i == 2 else int) for i in range(5)
+        )
+        bits = np.arange(len(IOUS))
+        return cls(
+            content["photos"], np.array(content["objects"]), category, photo, score,
+            (found[:, None] >> bits & 1).astype(bool), (ignored[:, None] >> bits & 1).astype(bool),
+        )  # fmt: skip
+
+
+def match(ground_truth: COCO, predictions: Sequence[dict], task: str) -> Matches:
+    """Match as COCO does: all sizes, at most 100 detections a photo.
+
+    Args:
+        predictions: as ``COCOEvaluator`` keeps them in ``coco_instances_results.json``.
+        task: ``segm`` or ``bbox``.
+    """
+    photos, categories = sorted(ground_truth.getImgIds()), sorted(ground_truth.getCatIds())
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
+        evaluation = COCOeval(ground_truth, _loaded(ground_truth, predictions, task), task)
+        evaluation.params.areaRng = evaluation.params.areaRng[:1]
+        evaluation.evaluate()
+    objects = np.zeros((len(categories), len(photos)), int)
+    found = []
+    for i, image in enumerate(evaluation.evalImgs):  # categories outer, photos inner
+        if image is None:
+            continue
+        category, photo = divmod(i, len(photos))
+        objects[category, photo] = (np.asarray(image["gtIgnore"]) == 0).sum()
+        for d, score in enumerate(image["dtScores"]):
+            hits, ignored = image["dtMatches"][:, d] > 0, image["dtIgnore"][:, d] > 0
+            found.append((category, photo, score, hits, ignored))
+    found.sort(key=lambda row: -row[2])  # stable, as COCO's own
+    flags = np.zeros((0, len(IOUS)), bool)
+    return Matches(
+        photos,
+        objects,
+        *(np.array([row[i] for row in found], dtype=(int, int, float)[i]) for i in range(3)),
+        *(np.array([row[i] for row in found]) if found else flags for i in (3, 4)),
+    )
+
+
+def _loaded(ground_truth: COCO, predictions: Sequence[dict], task: str) -> COCO:
+    if not predictions:  # loadRes refuses an empty list
+        nothing = COCO()
+        nothing.dataset = {**ground_truth.dataset, "annotations": []}
+        nothing.createIndex()
+        return nothing
+    if task == "segm":  # with a box in it, loadRes would take the box's area for the mask's
+        predictions = [{k: v for k, v in p.items() if k != "bbox"} for p in predictions]
+    return ground_truth.loadRes([dict(p) for p in predictions])
