@@ -193,7 +193,8 @@ class ValidationLoss(HookBase):
 class KeepBest(HookBase):
     """Save ``model_best`` by AP on a dev set, which the caller names and which is not the test set.
 
-    Unlike Detectron2 v0.6's ``BestCheckpointer`` it remembers the best on resume.
+    Each AP is logged, as ``dev/segm/AP`` and ``dev/bbox/AP``. Unlike Detectron2 v0.6's
+    ``BestCheckpointer`` it remembers the best on resume.
     """
 
     def __init__(self, period: int, evaluate: Callable, save: Callable, metric: str):
@@ -204,11 +205,12 @@ class KeepBest(HookBase):
         step = self.trainer.iter + 1
         if (self.period <= 0 or step % self.period) and step != self.trainer.max_iter:
             return
-        score = self.evaluate().get(self.metric, -math.inf)
-        if comm.is_main_process():
-            self.trainer.storage.put_scalar(f"dev/{self.metric}", score, smoothing_hint=False)
-        if score > self.best:
-            self.best = score
+        scores = {self.metric: -math.inf, **self.evaluate()}
+        for name, value in scores.items():
+            if name.endswith("/AP"):
+                self.trainer.storage.put_scalar(f"dev/{name}", value, smoothing_hint=False)
+        if scores[self.metric] > self.best:
+            self.best = scores[self.metric]
             self.save("model_best")
 
     def state_dict(self):

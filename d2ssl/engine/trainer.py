@@ -146,9 +146,12 @@ class Trainer(DefaultTrainer):
                 )
             )
         if cfg.DATASETS.TEST:
-            found.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate))
+            # With a dev set the test set is looked at once, at the end: period 0.
+            period = 0 if cfg.SSL.FINETUNE.DEV_DATASET else cfg.TEST.EVAL_PERIOD
+            found.append(hooks.EvalHook(period, self.evaluate))
         if comm.is_main_process():
-            period = max(1, min(20, self.max_iter // 20))  # a short run has a curve, too
+            # A short run has a curve, too, and no evaluation overwrites one that is not written.
+            period = max(1, min(20, self.max_iter // 20, cfg.TEST.EVAL_PERIOD or 20))
             found.append(hooks.PeriodicWriter(self.build_writers(), period))
         return found
 
@@ -370,8 +373,9 @@ class FinetuneTrainer(Trainer):
         if options.EMA_DECAY > 0:
             self.averaged = d2ssl_hooks.AveragedWeights(self.module, options.EMA_DECAY)
             found.append(self.averaged)
-        if options.VAL_LOSS and cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST:
-            batches = build_validation_batches(cfg, cfg.DATASETS.TEST)
+        watched = [options.DEV_DATASET] if options.DEV_DATASET else cfg.DATASETS.TEST
+        if options.VAL_LOSS and cfg.TEST.EVAL_PERIOD > 0 and watched:
+            batches = build_validation_batches(cfg, watched)
             found.append(
                 d2ssl_hooks.ValidationLoss(cfg.TEST.EVAL_PERIOD, self.module, batches, cfg.SEED)
             )
@@ -407,6 +411,7 @@ class FinetuneTrainer(Trainer):
         return results
 
     def evaluate_on_dev(self) -> Dict[str, float]:
+        """Flat results on the dev set, see :func:`~d2ssl.engine.coco.flatten`."""
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATASETS.TEST = (cfg.SSL.FINETUNE.DEV_DATASET,)

@@ -218,7 +218,7 @@ def _finetuning(cfg) -> str:
         return head + pieces.line("Not run yet.")
     figures = [
         ("Loss", plots.plot_losses(metrics)),
-        ("AP on the test photos", plots.plot_ap(metrics)),
+        (f"AP on the {plots.watched(metrics)} photos", plots.plot_ap(metrics)),
         ("Learning rate", plots.plot_learning_rate(metrics)),
     ]
     return head + pieces.plots(figures) + _predictions(stage)

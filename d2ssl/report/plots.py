@@ -59,6 +59,12 @@ def component_names(metrics: Metrics) -> List[str]:
     return sorted({name for row in metrics.values() for name in row if name.startswith("loss_")})
 
 
+def watched(metrics: Metrics) -> str:
+    """Whose photos were evaluated while training: "dev" where there is a dev set, else "test"."""
+    names = set().union(*metrics.values())
+    return "dev" if any(name.startswith("dev/") for name in names) else "test"
+
+
 def plot_losses(metrics: Metrics, known_range: Optional[Tuple[float, float]] = None) -> bytes:
     """Total loss, its components and, where logged, the validation loss.
 
@@ -72,7 +78,7 @@ def plot_losses(metrics: Metrics, known_range: Optional[Tuple[float, float]] = N
     if len(lines) == 1:
         lines = []  # it is the total
     lines.append(("total_loss", "total", BLUE, 2.0))
-    lines.append(("val_total_loss", "total, test photos", ORANGE, 2.0))
+    lines.append(("val_total_loss", f"total, {watched(metrics)} photos", ORANGE, 2.0))
     return _plot(metrics, lines, "loss", band=known_range, band_label="possible range of the total")
 
 
@@ -88,8 +94,9 @@ def plot_learning_rate(metrics: Metrics) -> bytes:
 
 
 def plot_ap(metrics: Metrics) -> bytes:
-    """AP of masks and boxes, in percent, at each evaluation."""
-    lines = [("segm/AP", "masks", BLUE, 2.0), ("bbox/AP", "boxes", ORANGE, 2.0)]
+    """AP of masks and boxes, in percent, at each evaluation: on the dev set where there is one."""
+    of = "dev/" if watched(metrics) == "dev" else ""
+    lines = [(f"{of}segm/AP", "masks", BLUE, 2.0), (f"{of}bbox/AP", "boxes", ORANGE, 2.0)]
     return _plot(metrics, lines, "AP (%)", (0, None))
 
 

@@ -170,14 +170,29 @@ def test_part_of_a_coco_set(tmp_path):
     assert not hasattr(metadata, "json_file")
 
 
+@pytest.mark.parametrize("seed", ["", "#seed3"])
+@pytest.mark.parametrize("classes", [["a"], ["a", "b", "c"]])
+def test_the_last_entries_are_what_the_first_leave(seed, classes, request):
+    name = f"tail_{request.node.name}"
+    kinds = [{"category_id": i % 10 % len(classes)} for i in range(61)]
+    entries = [{"file_name": f"{i}.jpg", "image_id": i, **kind} for i, kind in enumerate(kinds)]
+    register_dataset(name, lambda: entries, classes=classes)
+    for n in (1, 13, 48, 60):
+        first, last = ids(f"{name}@{61 - n}{seed}"), ids(f"{name}@-{n}{seed}")
+        assert len(last) == n and last == sorted(set(range(61)) - set(first))
+    assert set(ids(f"{name}@-4{seed}")) < set(ids(f"{name}@-13{seed}"))
+    assert ids(f"{name}@-61{seed}") == list(range(61))
+    assert (ids(f"{name}@-13{seed}") == list(range(48, 61))) == (not seed)
+
+
 def test_more_than_there_are(base):
-    for name in (f"{base}@21", f"{base}@21#seed0"):
+    for name in (f"{base}@21", f"{base}@21#seed0", f"{base}@-21", f"{base}@-21#seed0"):
         ensure_registered([name])
         with pytest.raises(D2SSLError, match="has only 20 entries"):
             DatasetCatalog.get(name)
 
 
-@pytest.mark.parametrize("part", ["@", "@0", "@-3", "@x", "@4#3", "@4#seed", "@4 "])
+@pytest.mark.parametrize("part", ["@", "@0", "@-0", "@--3", "@x", "@4#3", "@4#seed", "@4 "])
 def test_malformed_part(base, part):
     with pytest.raises(D2SSLError, match=rf"cannot tell which part.*{base}@16#seed3"):
         ensure_registered([base + part])

@@ -154,6 +154,17 @@ def test_keep_best_remembers_across_a_resume(storage):
     assert saved == ["model_best"] * 2
 
 
+@pytest.mark.parametrize("metric", ["segm/AP", "bbox/AP"])
+def test_keep_best_logs_every_ap(storage, metric):
+    scores, saved = {"segm/AP": 30.0, "bbox/AP": 40.0, "segm/AP50": 50.0}, []
+    hook = KeepBest(10, lambda: scores, saved.append, metric)
+    hook.trainer = trainer_at(9, storage=storage)
+    hook.after_step()
+    logged = {name: value for name, (value, _) in storage.latest().items()}
+    assert logged == {"dev/segm/AP": 30.0, "dev/bbox/AP": 40.0}
+    assert hook.best == scores[metric] and saved == ["model_best"]
+
+
 def test_validation_loss_changes_nothing(storage):
     class Detector(nn.Module):
         def __init__(self):

@@ -10,10 +10,12 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from d2ssl.config import finetune_cfg, pretrain_cfg
+from d2ssl.data.build import build_validation_batches
 from d2ssl.engine.launch import launch
 from d2ssl.engine.trainer import FinetuneTrainer, PretrainTrainer
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.fingerprint import relative_difference
+from d2ssl.report.plots import read_metrics, series
 
 
 def final_state(output_dir):
@@ -79,6 +81,73 @@ def test_resume_is_exact(tiny_cfg, tmp_path, stage_cfg, trainer_class, opts):
     assert resumed.start_iter == 2
     resumed.train()
     assert_identical(final_state(whole.OUTPUT_DIR), final_state(parts.OUTPUT_DIR))
+
+
+DEV = "balloon_demo_train@-4"
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Names of the sets as they are evaluated: each gets an AP known beforehand, 1 lower than the
+    one before; the first 49 for masks and 50 for boxes."""
+    names = []
+
+    def evaluate(cls, cfg, model):
+        names.extend(cfg.DATASETS.TEST)
+        ap = 50.0 - len(names)
+        return {"bbox": {"AP": ap + 1, "AP50": 90.0}, "segm": {"AP": ap, "AP50": 90.0}}
+
+    monkeypatch.setattr(FinetuneTrainer, "test", classmethod(evaluate))
+    return names
+
+
+def dev_cfg(tiny_cfg, *opts):
+    cfg = finetune_cfg(tiny_cfg("SSL.ENABLED", "False", "SSL.FINETUNE.DEV_DATASET", DEV, *opts))
+    os.makedirs(cfg.OUTPUT_DIR)
+    return cfg, os.path.join(cfg.OUTPUT_DIR, "metrics.json")
+
+
+def test_with_a_dev_set_the_test_set_is_evaluated_once(tiny_cfg, evaluated, monkeypatch):
+    losses_on = []
+
+    def batches(cfg, names):
+        losses_on.append(list(names))
+        return build_validation_batches(cfg, names, limit=1)
+
+    monkeypatch.setattr("d2ssl.engine.trainer.build_validation_batches", batches)
+    cfg, metrics = dev_cfg(tiny_cfg, "TEST.EVAL_PERIOD", "1")
+    run_and_stop_at(FinetuneTrainer(cfg), 2)
+    assert evaluated == [DEV] * 2
+    trainer = FinetuneTrainer(cfg, resume=True)
+    trainer.train()
+    assert evaluated == [DEV] * 4 + ["balloon_demo_val"]
+    assert trainer.last_results["segm"]["AP"] == 45.0
+    assert losses_on == [[DEV]] * 2  # as built, and as resumed
+
+    metrics = read_metrics(metrics)
+    assert series(metrics, "dev/segm/AP") == ([0, 1, 2, 3], [49.0, 48.0, 47.0, 46.0])
+    assert series(metrics, "dev/bbox/AP") == ([0, 1, 2, 3], [50.0, 49.0, 48.0, 47.0])
+    assert series(metrics, "segm/AP") == ([4], [45.0])
+    assert series(metrics, "val_total_loss")[0] == [0, 1, 2, 3]
+
+
+def test_no_evaluation_is_lost_between_two_writes(tiny_cfg, evaluated):
+    cfg, metrics = dev_cfg(
+        tiny_cfg, "TEST.EVAL_PERIOD", "2", "SOLVER.MAX_ITER", "60", "SSL.FINETUNE.VAL_LOSS", "False"
+    )  # by its length alone, such a run is written every 3 iterations
+    trainer = FinetuneTrainer(cfg)
+    trainer.run_step = lambda: None
+    trainer.train()
+    assert series(read_metrics(metrics), "dev/segm/AP")[0] == list(range(1, 60, 2))
+    assert evaluated.count("balloon_demo_val") == 1
+
+
+def test_a_dev_set_without_a_test_set(tiny_cfg, evaluated):
+    cfg, metrics = dev_cfg(tiny_cfg, "DATASETS.TEST", "()", "TEST.EVAL_PERIOD", "3")
+    trainer = FinetuneTrainer(cfg)
+    trainer.train()
+    assert evaluated == [DEV] * 2 and trainer.last_results == {}
+    assert series(read_metrics(metrics), "val_total_loss")[0] == [2]
 
 
 def train_in_processes(cfg):

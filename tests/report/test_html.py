@@ -100,6 +100,13 @@ def test_a_whole_run(cfg, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("prefix, photos", [("", "test"), ("dev/", "dev")])
+def test_it_says_which_photos_the_curve_is_of(cfg, tmp_path, prefix, photos):
+    write_metrics(tmp_path / "finetune/metrics.json", [{"iteration": 9, f"{prefix}segm/AP": 3.0}])
+    page = read(write_report(cfg))
+    assert set(re.findall(r"AP on the (\w+) photos", page)) == {photos}
+
+
 def test_the_challenge_s_ap_stands_beside_coco_s(cfg, tmp_path):
     write_finetuning(
         tmp_path, {**RESULTS, "open_images_segm": {"AP50": 41.0, "AP50-balloon": 41.0}}

@@ -62,6 +62,17 @@ def test_lines_lie_at_their_values():
     assert abs((x2 - x1) - (x1 - x0)) < 0.01 and abs((y2 - y1) - (y1 - y0)) < 0.01
 
 
+def test_the_dev_set_is_drawn_where_there_is_one():
+    test = {"segm/AP": 30.0, "bbox/AP": 20.0}
+    dev = {"dev/segm/AP": 30.0, "dev/bbox/AP": 20.0}
+    at_the_end = {20: {"segm/AP": 90.0, "bbox/AP": 80.0}}
+    with_dev = plots.plot_ap({9: dev, 19: dev, **at_the_end})
+    assert with_dev == plots.plot_ap({9: test, 19: test}) != b""
+    losses = {"total_loss": 3.0, "val_total_loss": 4.0}
+    assert b"total, dev photos" in plots.plot_losses({9: {**losses, **dev}})
+    assert b"total, test photos" in plots.plot_losses({9: {**losses, **test}})
+
+
 def test_same_metrics_give_the_same_file():
     metrics = {19: {"total_loss": 3.0, "loss_a": 1.0, "loss_b": 2.0}}
     assert plots.plot_losses(metrics, (0.0, 8.0)) == plots.plot_losses(metrics, (0.0, 8.0))

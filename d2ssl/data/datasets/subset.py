@@ -4,6 +4,8 @@ Parts of a registered set by name, for label-efficiency studies.
 ``balloon_train@16`` is the first 16 entries of ``balloon_train``; ``balloon_train@16#seed3`` is a
 random 16 of them, and where a set has several classes a stratified one. Of one seed the smaller
 choice lies in the larger, and in each the entries keep the order of the whole set.
+``balloon_train@-13`` and ``balloon_train@-13#seed3`` are the last 13 of the same orders: what is
+left of the 61 entries when the first 48 are taken.
 """
 
 import difflib
@@ -18,7 +20,7 @@ from d2ssl.data.datasets.catalog import decoded, decoder, listed, register_datas
 from d2ssl.data.sampling import classes_of
 from d2ssl.errors import D2SSLError
 
-_NAME = re.compile(r"(?P<base>.+)@(?P<count>[1-9]\d*)(#seed(?P<seed>\d{1,9}))?")
+_NAME = re.compile(r"(?P<base>.+)@(?P<count>-?[1-9]\d*)(#seed(?P<seed>\d{1,9}))?")
 
 KNOWN = {"category_id", "annotations", "classes"}  # keys that tell a photo's classes
 
@@ -44,7 +46,7 @@ def ensure_registered(names: Iterable[str]) -> None:
         if not match:
             raise D2SSLError(
                 f"data set {name!r}: cannot tell which part is meant; write {base}@16 or "
-                f"{base}@16#seed3"
+                f"{base}@16#seed3, and {base}@-16 or {base}@-16#seed3 for the last ones"
             )
         seed = None if match["seed"] is None else int(match["seed"])
         load = partial(_load_part, name, base, int(match["count"]), seed)
@@ -103,14 +105,17 @@ def stratify(classes: Sequence[set[int]], count: int, seed: int) -> list[int]:
 def _load_part(name: str, base: str, count: int, seed: int | None) -> list[dict]:
     dicts = listed(base)
     _copy_metadata(base, name)  # COCO's loader fills the metadata only now
-    if count > len(dicts):
+    if abs(count) > len(dicts):
         raise D2SSLError(
             f"data set {name!r}: {base} has only {len(dicts)} entries; ask for no more"
         )
+    first = count if count > 0 else len(dicts) + count
     if seed is None or not _has_several_classes(base):
-        chosen = choose(len(dicts), count, seed)
+        chosen = choose(len(dicts), first, seed)
     else:
-        chosen = stratify(_classes(base, dicts), count, seed)
+        chosen = stratify(_classes(base, dicts), first, seed)
+    if count < 0:  # the last ones are what the first leave
+        chosen = sorted(set(range(len(dicts))) - set(chosen))
     return [dicts[i] for i in chosen]
 
 
