@@ -21,8 +21,9 @@ setup(
         "ImageHash>=4.3,<5",
         "ijson>=3.1,<4",
         "scikit-image>=0.20,<0.27",
-        "scipy>=1.9,<2",
+        "scipy>=1.12,<2",
         "shapely>=2.0,<3",  # fvcore crops polygons with it
+        "submitit>=1.5,<2",
         "matplotlib>=3.6,<4",
         "tensorboard>=2.12,<3",
         "tqdm>=4.62,<5",

@@ -10,6 +10,7 @@ import difflib
 import math
 import os
 import re
+from typing import Dict
 
 import torch
 import yaml
@@ -127,8 +128,10 @@ def add_ssl_config(cfg: CN) -> None:
     ssl.FINETUNE.FIT_PREDICTORS = "auto"  # weights for other classes: keep those of equal names
     ssl.FINETUNE.WEIGHTS_CLASSES = ""  # "coco" or names, where the weights do not say themselves
     ssl.FINETUNE.EMA_DECAY = 0.0  # e.g. 0.998: evaluate and save the averaged weights
-    ssl.FINETUNE.VAL_LOSS = True  # with TEST.EVAL_PERIOD: the losses on the test photos as well
-    ssl.FINETUNE.DEV_DATASET = ""  # a set apart from the test set; keeps model_best.pth
+    ssl.FINETUNE.VAL_LOSS = True  # with TEST.EVAL_PERIOD: the losses on the test or dev photos
+    # A set apart from the test set. Where one is named, TEST.EVAL_PERIOD evaluates it, and
+    # DATASETS.TEST is evaluated once, at the end; model_best.pth keeps the weights of its best AP.
+    ssl.FINETUNE.DEV_DATASET = ""
 
 
 def get_cfg() -> CN:
@@ -189,6 +192,23 @@ def set_key(cfg: CN, key: str, value) -> None:
     """Set a dotted key of a config that is not frozen."""
     node, _, name = key.rpartition(".")
     get_key(cfg, node)[name] = value
+
+
+def leaves(node, prefix: str = "") -> Dict[str, object]:
+    """Every value of a config under its dotted key."""
+    if not isinstance(node, dict):  # a CfgNode is a dict
+        return {prefix: node}
+    return {
+        key: value
+        for name, child in node.items()
+        for key, value in leaves(child, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def changed(cfg: CN) -> Dict[str, object]:
+    """The values that are not the defaults, under their dotted keys."""
+    defaults = leaves(get_cfg())
+    return {key: value for key, value in leaves(cfg).items() if value != defaults.get(key, None)}
 
 
 def _explain(cfg: CN, error: Exception) -> str:

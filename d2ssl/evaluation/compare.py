@@ -26,7 +26,7 @@ from scipy.special import stdtrit
 
 from d2ssl import __version__
 from d2ssl.atomic import atomic_open
-from d2ssl.config import load_cfg, pretrain_cfg
+from d2ssl.config import leaves, load_cfg, pretrain_cfg
 from d2ssl.data.build import register_datasets
 from d2ssl.engine.auto import resolve_auto
 from d2ssl.engine.trainer import PretrainTrainer
@@ -138,20 +138,10 @@ def _load(file: str, opts: Sequence[str], heldout: str) -> Tuple[object, int]:
         raise D2SSLError(f"{file}: {error}") from error
 
 
-def _leaves(node, prefix: str = "") -> Dict[str, object]:
-    if not isinstance(node, dict):  # a CfgNode is a dict
-        return {prefix: node}
-    return {
-        key: value
-        for name, child in node.items()
-        for key, value in _leaves(child, f"{prefix}.{name}" if prefix else name).items()
-    }
-
-
 def _refuse_incomparable(cfgs: Dict[str, object]) -> None:
-    (first, reference), *others = ((name, _leaves(cfg)) for name, cfg in cfgs.items())
-    for name, leaves in others:
-        for key, value in leaves.items():
+    (first, reference), *others = ((name, leaves(cfg)) for name, cfg in cfgs.items())
+    for name, values in others:
+        for key, value in values.items():
             common = any(f"{key}.".startswith(f"{part}.") for part in COMMON)
             if common and value != reference.get(key):
                 raise D2SSLError(

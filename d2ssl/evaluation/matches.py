@@ -56,21 +56,25 @@ class Matches:
     def _category_ap(self, category: int, weights: np.ndarray) -> np.ndarray:
         mine = self.category == category
         times = weights[:, self.photo[mine]]  # B x D
-        objects = (weights @ self.objects[category]).astype(float)  # B
-        found, ignored = self.found[mine], self.ignored[mine]
+        objects = weights @ self.objects[category]  # B
+        # How many of COCO's recalls are reached with h objects found: a row a number of objects.
+        numbers, row = np.unique(objects, return_inverse=True)
+        hits = np.arange(times.sum(1).max(initial=0) + 1)
+        reached = np.searchsorted(RECALLS, hits / np.maximum(numbers, 1)[:, None], side="right")
+        reached = np.pad(reached, ((0, 0), (1, 0)))  # none before the first detection
         total = np.zeros(len(weights))
-        for iou in range(len(IOUS)):
-            hit = np.cumsum(times * (found[:, iou] & ~ignored[:, iou]), axis=1)  # B x D
-            miss = np.cumsum(times * (~found[:, iou] & ~ignored[:, iou]), axis=1)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                precision = hit / np.maximum(hit + miss, np.spacing(1))
-                recall = hit / objects[:, None]
+        # Often a detection is right at several IoUs in a row, and so are all others.
+        flags = np.concatenate([self.found[mine], self.ignored[mine]])
+        columns, same = np.unique(flags, axis=1, return_counts=True)
+        for (found, ignored), count in zip(map(np.split, columns.T, [2] * len(same)), same):
+            hit = np.cumsum(times * (found & ~ignored), axis=1)  # B x D
+            seen = np.cumsum(times * ~ignored, axis=1)
+            precision = hit / np.maximum(seen, 1)
             # The best precision at this recall or a higher one; 0 where none is reached.
             precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-            for b, (r, p) in enumerate(zip(recall, precision)):
-                at = np.searchsorted(r, RECALLS, side="left")
-                total[b] += np.append(p, 0.0)[at].mean()
-        return np.where(objects > 0, total / len(IOUS), np.nan)
+            at = np.take_along_axis(reached[row], np.pad(hit + 1, ((0, 0), (1, 0))), axis=1)
+            total += count * (np.diff(at, axis=1) * precision).sum(1)
+        return np.where(objects > 0, total / len(IOUS) / len(RECALLS), np.nan)
 
     def above(self, score: float) -> "Matches":
         """Without the detections below a score. Higher ones match first, so theirs stay."""
@@ -81,7 +85,7 @@ class Matches:
         )  # fmt: skip
 
     def counts(self, iou: int = 0) -> Dict[str, int]:
-        """How many detections are right and wrong at one of the IoUs (0: 0.5), of how many objects."""
+        """Detections that are right and wrong at one of the IoUs (0: 0.5), and all objects."""
         counted = ~self.ignored[:, iou]
         right = int((self.found[:, iou] & counted).sum())
         return {

@@ -5,12 +5,12 @@ are drawn again, a few thousand times, and the same draw serves every arm and bu
 differences are paired:
 
 photos   with replacement, AP taken anew (:meth:`~d2ssl.evaluation.matches.Matches.ap`)
-runs     by multipliers: each deviation from the mean is weighted by an own N(0, 1) instead of an own
-         count (multiplier or wild bootstrap; van der Vaart and Wellner 1996, ch. 2.9)
+runs     by multipliers: each deviation from the mean is weighted by its own N(0, 1) instead of its
+         own count (multiplier or wild bootstrap; van der Vaart and Wellner 1996, ch. 2.9)
 
-Both are then spread as Student's t is against the normal distribution. The textbook percentile
-bootstrap of three runs holds the truth in some 83 of 100 cases instead of 95; this one keeps what it
-promises (tests/evaluation/test_statistics.py measures it).
+Both are then spread as Student's t is against the normal distribution. A percentile bootstrap of
+three runs holds the truth in some 83 of 100 cases instead of 95; this one keeps what it promises
+(tests/evaluation/test_statistics.py measures it).
 """
 
 import math

@@ -1,0 +1,409 @@
+"""A study as files: one page that answers, all numbers as JSON, a row a run as CSV, a figure."""
+
+import csv
+import html
+import io
+import json
+import os
+import platform
+from typing import Dict, List, Mapping, Optional, Sequence
+
+import detectron2
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+
+from d2ssl import __version__
+from d2ssl.atomic import atomic_open, make_folder
+from d2ssl.config import changed, finetune_cfg, method_title
+from d2ssl.data.datasets.catalog import decoded, listed
+from d2ssl.data.photos import read_photo
+from d2ssl.evaluation.matches import TASKS
+from d2ssl.report import pieces
+from d2ssl.report.pictures import draw_objects, predictions_file, read_predictions
+from d2ssl.study import plots
+from d2ssl.study.findings import Results, describe_labels, signed
+from d2ssl.study.plan import Run, Study, Task, recipe_differences
+
+SIDE = 300  # of a picture, the longer one, in pixels
+SURE = 0.5  # predictions below it are not drawn
+COLUMNS = (
+    "arm",
+    "budget",
+    "subset",
+    "seed",
+    "segm AP",
+    "bbox AP",
+    "iterations",
+    "seconds",
+    "failed",
+)
+
+
+def write_study(
+    study: Study,
+    results: Results,
+    found: dict,
+    outcomes: Mapping[Task, Optional[dict]],
+    seconds: Mapping[str, Mapping[str, float]],
+    command: str,
+) -> str:
+    """Write ``study.html``, ``study.json``, ``runs.csv`` and ``curve.png``.
+
+    Args:
+        found: see :func:`~d2ssl.study.findings.findings`.
+        outcomes: of each task, None where it is not done.
+        seconds: of each arm, see :func:`~d2ssl.study.timing.measure`.
+        command: that was typed.
+    Returns:
+        path of the page.
+    """
+    make_folder(study.output)
+    runs = [task for task in outcomes if isinstance(task, Run)]
+    known = [outcomes[run] for run in runs if outcomes[run]]
+    about = describe(study, outcomes, seconds, command)
+    files: Dict[str, bytes] = {
+        "study.json": json.dumps({**about, **found, "runs": known}, allow_nan=False).encode(),
+        "runs.csv": _csv(known).encode(),
+    }
+    if found["cells"]:
+        files["curve.png"] = plots.plot_efficiency(found["cells"], list(study.arms), "png")
+    for name, content in files.items():
+        with atomic_open(os.path.join(study.output, name), "wb") as file:
+            file.write(content)
+    path = os.path.join(study.output, "study.html")
+    pieces.write_page(path, "Does it pay?", _sections(study, results, found, about, runs))
+    return path
+
+
+def describe(study: Study, outcomes, seconds, command: str) -> dict:
+    """What was asked and where it ran."""
+    on_gpu = study.arms[study.baseline].cfg.MODEL.DEVICE.startswith("cuda")
+    return {
+        "command": command,
+        "versions": {
+            "d2ssl": __version__,
+            "Detectron2": detectron2.__version__,
+            "PyTorch": str(torch.__version__),
+            "Python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "baseline": study.baseline,
+        "train": study.train,
+        "test": study.test,
+        "budgets": study.budgets,
+        "subsets": study.subsets,
+        "seeds": study.seeds,
+        "effect": study.effect,
+        "least": study.least,
+        "planned": sum(isinstance(task, Run) for task in outcomes),
+        "arms": {
+            name: {
+                "pretraining": _pretraining(arm),
+                "matched": arm.matched,
+                "timing": dict(seconds[name]),
+                "config": {k: _plain(v) for k, v in changed(arm.cfg).items()},
+            }
+            for name, arm in study.arms.items()
+        },
+        "recipe_differences": {
+            key: {arm: _plain(value) for arm, value in values.items()}
+            for key, values in recipe_differences(study).items()
+        },
+        "pretrainings": [
+            result for task, result in outcomes.items() if result and not isinstance(task, Run)
+        ],
+    }
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _pretraining(arm) -> str:
+    if not arm.pretrains:
+        return "none"
+    solver = arm.cfg.SSL.SOLVER
+    return f"{method_title(arm.cfg)}, {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} photos"
+
+
+def _csv(runs: Sequence[dict]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(COLUMNS)
+    for run in runs:
+        ap = run.get("ap", {})
+        names = ("arm", "budget", "subset", "seed")
+        writer.writerow(
+            [*(run[n] for n in names), *(ap.get(what, "") for what in TASKS),
+             run.get("iterations", ""), run.get("seconds", ""), run["failed"] or ""]
+        )  # fmt: skip
+    return out.getvalue()
+
+
+# ---- the page; each function returns HTML
+
+
+def _sections(study: Study, results: Results, found: dict, about: dict, runs) -> List[str]:
+    arms = list(study.arms)
+    if not found["cells"]:
+        return [pieces.heading("Does it pay?"), pieces.line("Not one run is finished yet.")]
+    return [
+        pieces.heading("Does it pay?"),
+        _answer(study, found, about),
+        _facts(study, results, about),
+        pieces.heading("AP over labels", 2),
+        pieces.plots([("Masks", plots.plot_efficiency(found["cells"], arms)),
+                      ("Boxes", plots.plot_efficiency(found["cells"], arms, what="bbox"))]),
+        _ap_table(found),
+        pieces.heading(f"Against {study.baseline}", 2),
+        _one("Paired difference",
+             plots.plot_differences(found["differences"], arms, study.baseline)),
+        _difference_table(study, found),
+        _how_to_read(study, results, found),
+        _convergence(found, arms),
+        _sweep(found, arms),
+        _photos(study, found, runs),
+        _arms(study, about),
+        _failures(found),
+        pieces.heading("Run it again", 2),
+        pieces.folded("Command and versions", _again(about)),
+    ]  # fmt: skip
+
+
+def _answer(study: Study, found: dict, about: dict) -> str:
+    done = sum(cell["runs"] for cell in found["cells"])
+    unfinished = about["planned"] - done - len(found["failed"])
+    parts = []
+    if unfinished:
+        parts.append(pieces.line(f"{unfinished} of {about['planned']} runs are still to come."))
+    if not found["answer"]:
+        parts.append(pieces.line("No arm with pretraining is finished beside the baseline yet."))
+    for sentence in found["answer"]:
+        head, _, rest = sentence.partition(". ")
+        parts.append(f"<p><strong>{html.escape(head)}.</strong> {html.escape(rest)}</p>")
+    return "".join(parts)
+
+
+def _facts(study: Study, results: Results, about: dict) -> str:
+    photos = pieces.count(results.num_photos, "photo")
+    return pieces.facts(
+        [
+            ("Tested on", f"{study.test} ({photos}), once a run"),
+            ("Labels from", f"{study.train} ({pieces.count(study.total, 'photo')})"),
+            ("Repeats", f"{pieces.count(len(study.subsets), 'subset')} of the labels, "
+                        f"{pieces.count(study.seeds, 'seed')} each"),
+            ("Device", about["device"]),
+            ("Versions", ", ".join(f"{k} {v}" for k, v in about["versions"].items())),
+        ]
+    )  # fmt: skip
+
+
+def _ap_table(found: dict) -> str:
+    rows = [
+        [cell["arm"], str(cell["budget"]), str(cell["runs"]), *(_ap(cell[w]) for w in TASKS),
+         str(cell["iterations"]), f"{cell['seconds'] / 60:.1f}"]
+        for cell in found["cells"]
+    ]  # fmt: skip
+    head = ["", "labels", "runs", "segm AP", "bbox AP", "iterations", "minutes"]
+    return pieces.table(head, rows, main=3)
+
+
+def _ap(estimate: dict) -> str:
+    if estimate["interval"] is None:
+        return f"{estimate['mean']:.1f}"
+    low, high = estimate["interval"]
+    return f"{estimate['mean']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _one(caption: str, figure: bytes) -> str:
+    return f'<div class="one">{pieces.plots([(caption, figure)])}</div>' if figure else ""
+
+
+def _gain(estimate: Optional[dict]) -> str:
+    if estimate is None:
+        return "–"
+    if estimate["interval"] is None:
+        return signed(estimate["mean"])
+    low, high = map(signed, estimate["interval"])
+    return f"{signed(estimate['mean'])} [{low}, {high}]"
+
+
+def _difference_table(study: Study, found: dict) -> str:
+    rows = [
+        [
+            d["arm"], str(d["budget"]), _gain(d["segm"]), _gain(d["bbox"]), _gain(d["control"]),
+            _worth(study, d["worth"]), _more(d),
+            d["verdict"] if study.arms[d["arm"]].pretrains else "",
+        ]
+        for d in found["differences"]
+    ]  # fmt: skip
+    head = ["", "labels", "segm AP", "bbox AP", "over its control", "worth labels"]
+    return pieces.table([*head, "repeats", "verdict"], rows, main=2)
+
+
+def _more(difference: dict) -> str:
+    units, more = difference["segm"]["units"], difference["more"]
+    if units == 1:
+        return "1, too few"
+    return f"{units}, " + ("enough" if more == 0 else f"{more} more" if more else "no use")
+
+
+def _worth(study: Study, worth: Optional[Sequence]) -> str:
+    if worth is None:
+        return "–"
+    middle, *ends = (describe_labels(study, labels) for labels in worth)
+    return middle + (f" [{ends[0]}, {ends[1]}]" if ends else "")
+
+
+def _how_to_read(study: Study, results: Results, found: dict) -> str:
+    asked = len(found["differences"])
+    lines = [
+        "Brackets are 95 % intervals over subsets, seeds and test photos. Differences are paired: "
+        "the same labels, the same seed, the same photos on both sides.",
+        f"pays: above 0 beyond chance, over the baseline and over the arm that spent the same time "
+        f"on longer fine-tuning. does not pay: less than {study.least:g} AP beyond chance. Else it "
+        "cannot be told yet.",
+        f"repeats: how many there are, and how many more it would take to see a difference of "
+        f"{study.effect:g} AP in 80 of 100 studies; no use: the test photos alone leave too much "
+        "doubt.",
+        f"worth labels: how many the baseline needs for the same AP, read from its curve; only "
+        f"between {study.budgets[0]} and {study.budgets[-1]}.",
+    ]
+    if len(study.subsets) == 1:
+        lines.append(
+            "There is one subset of labels, so the intervals say what other seeds would give, not "
+            "what other labels would."
+        )
+    if asked > 1:
+        lines.append(
+            f"{asked} differences are shown: by chance alone one in twenty such intervals leaves "
+            "out 0."
+        )
+    return "".join(map(pieces.line, lines))
+
+
+def _by_budget(series: Sequence[dict], column: int) -> Dict[int, Dict[str, List]]:
+    lines: Dict[int, Dict[str, List]] = {}
+    for entry in series:
+        points = [(row[0], row[column]) for row in entry["points"]]
+        lines.setdefault(entry["budget"], {})[entry["arm"]] = points
+    return lines
+
+
+def _convergence(found: dict, arms: Sequence[str]) -> str:
+    figure = plots.plot_panels(
+        _by_budget(found["curves"], 1), arms, "iteration", "segm AP, dev photos (%)"
+    )
+    if not figure:
+        return ""
+    rising = [
+        f"{c['arm']} with {c['budget']} labels ({c['points'][-1][1] - c['points'][-2][1]:+.1f})"
+        for c in found["curves"]
+        if len(c["points"]) > 1 and c["points"][-1][1] - c["points"][-2][1] > 1
+    ]
+    text = (
+        f"Still rising by more than 1 AP at the last step: {', '.join(rising)}. A longer schedule "
+        "may change the answer."
+        if rising
+        else "No arm rises by more than 1 AP at the last step."
+    )
+    return (
+        pieces.heading("Who converges, and when", 2)
+        + _one("On the dev photos, which are in no budget shown here", figure)
+        + pieces.line(text)
+    )
+
+
+def _sweep(found: dict, arms: Sequence[str]) -> str:
+    panels = [
+        (name, plots.plot_panels(_by_budget(found["sweeps"], column), arms, "score", label))
+        for column, name, label in (
+            (3, "F1 of masks at an IoU of 0.5", "F1"),
+            (1, "Precision", "precision"),
+            (2, "Recall", "recall"),
+            (4, "AP of what is kept", "segm AP (%)"),
+        )
+    ]
+    return (
+        pieces.heading("Which score to cut at", 2)
+        + pieces.line("Predictions below the score are dropped. To choose one, use photos that "
+                      "are not the test's.")
+        + pieces.plots(panels)
+    )  # fmt: skip
+
+
+def _photos(study: Study, found: dict, runs: Sequence[Run]) -> str:
+    """Labels, baseline and arm side by side; only where the predictions are still there."""
+    figures: Dict[str, List[str]] = {}
+    metadata = MetadataCatalog.get(study.test)
+    photos = {photo["image_id"]: photo for photo in listed(study.test)}
+    for change in found["photos"]:
+        files = [
+            predictions_file(finetune_cfg(run.cfg))
+            for arm in (study.baseline, change["arm"])
+            for run in runs
+            if (run.arm, run.budget) == (arm, change["budget"])
+            and [run.subset, run.seed] == change["repeat"]
+        ]
+        if not all(map(os.path.isfile, files)):
+            continue
+        photo = next(iter(decoded(study.test, [photos[change["photo"]]])))
+        image = read_photo(photo["file_name"])
+        found_ = [
+            read_predictions(file, metadata, SURE).get(photo["image_id"], []) for file in files
+        ]
+        columns = [photo.get("annotations", []), *found_]
+        drawn = [draw_objects(image, objects, metadata, SIDE) for objects in columns]
+        gap = np.full((drawn[0].shape[0], 8, 3), 128, np.uint8)
+        sheet = np.concatenate([drawn[0], gap, drawn[1], gap, drawn[2]], axis=1)
+        caption = (
+            f"{os.path.basename(photo['file_name'])}: segm AP {change['before']:.0f} → "
+            f"{change['after']:.0f}, mean over the repeats"
+        )
+        title = f"{change['arm']} with {change['budget']} labels"
+        figures.setdefault(title, []).append(pieces.figure(sheet, caption))
+    if not figures:
+        return ""
+    out = pieces.heading("The photos that changed most", 2) + pieces.line(
+        f"Labels, {study.baseline}, and the arm; predictions of one repeat with a score of at "
+        "least 50 %."
+    )
+    for title, pictures in figures.items():
+        out += pieces.heading(title, 3) + f'<div class="photos">{"".join(pictures)}</div>'
+    return out
+
+
+def _arms(study: Study, about: dict) -> str:
+    rows = []
+    for name, arm in study.arms.items():
+        start = os.path.basename(arm.cfg.MODEL.WEIGHTS) or "random weights"
+        note = f"fine-tunes as long as {arm.matched} takes in all" if arm.matched else ""
+        rows.append([name, start, about["arms"][name]["pretraining"], note])
+    out = pieces.heading("The arms", 2) + pieces.table(
+        ["", "starts from", "pretraining", ""], rows, kind="words"
+    )
+    for key, values in about["recipe_differences"].items():
+        shown = ", ".join(f"{value} in {arm}" for arm, value in values.items())
+        out += pieces.line(f"{key} is not the same in all arms: {shown}.")
+    return out
+
+
+def _failures(found: dict) -> str:
+    if not found["failed"]:
+        return ""
+    rows = [
+        [f"{r['arm']}, {r['budget']} labels, subset {r['subset']}, seed {r['seed']}", r["failed"]]
+        for r in found["failed"]
+    ]
+    return pieces.heading("Runs that failed", 2) + pieces.table(["", ""], rows, kind="words")
+
+
+def _again(about: dict) -> str:
+    timing = "\n".join(
+        f"{name}: {arm['timing']['pretraining']:.3f} s an iteration of pretraining, "
+        f"{arm['timing']['finetuning']:.3f} s of fine-tuning"
+        for name, arm in about["arms"].items()
+    )
+    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
+    return f"{about['command']}\n{versions}; {about['device']}\n\n{timing}"

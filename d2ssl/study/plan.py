@@ -1,0 +1,475 @@
+"""The runs of a study, from its yaml: arms x labelled budgets x subsets x seeds.
+
+    CONFIG: ../ssl_fpn_balloon.yaml     what all runs share, with
+    COMMON: {SOLVER.MAX_ITER: 400}      these keys changed
+    TRAIN: balloon_train                the set whose labels are budgeted
+    DEV: 13                             of its photos, for curves: never in a smaller budget
+    BUDGETS: [8, 16, 61]
+    SUBSETS: 3                          choices of the labelled photos, nested over the budgets
+    SEEDS: 1                            runs of each
+    BASELINE: imagenet
+    ARMS:
+      imagenet: {SSL.ENABLED: False}
+      soco: {SSL.METHOD: SoCo}
+      longer: {FROM: imagenet, COMPUTE_MATCHED: soco}
+
+``_BASE_`` works as in Detectron2's configs.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import yaml
+from detectron2.config import CfgNode
+
+from d2ssl.config import changed, get_cfg, leaves, load_cfg, pretrained_path
+from d2ssl.data.build import count_photos, register_datasets
+from d2ssl.data.datasets import ensure_registered
+from d2ssl.engine.auto import resolve_auto
+from d2ssl.errors import D2SSLError
+
+FIRST = "first"
+DEFAULTS = {
+    "CONFIG": "",
+    "COMMON": {},
+    "TRAIN": "",
+    "DEV": 0,
+    "BUDGETS": [],
+    "SUBSETS": 3,  # a number, or a list of seeds and "first": the first photos of the set
+    "SEEDS": 1,
+    "BASELINE": "",
+    "ARMS": {},
+    "CURVE_POINTS": 5,  # evaluations of the dev photos in a run
+    "EFFECT": 3.0,  # AP that the study should be able to see
+    "LEAST": 1.0,  # AP below which a gain is not worth the trouble
+}
+OWN = {
+    "SEED": "SEEDS",
+    "OUTPUT_DIR": "--output",
+    "DATASETS.TRAIN": "TRAIN and BUDGETS",
+    "SSL.FINETUNE.DEV_DATASET": "DEV",
+    "TEST.EVAL_PERIOD": "CURVE_POINTS",
+}
+# What pretraining and its hand-off do not depend on.
+FINETUNE_ONLY = ("SOLVER.", "DATASETS.", "TEST.", "SSL.FINETUNE.", "DATALOADER.SAMPLER_TRAIN")
+# What no result depends on.
+INCIDENTAL = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "VERSION", "SSL.CACHE_GB")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to come to a detector: a config, and perhaps the arm whose time it is to spend."""
+
+    name: str
+    cfg: CfgNode
+    matched: str = ""
+
+    @property
+    def pretrains(self) -> bool:
+        return self.cfg.SSL.ENABLED
+
+    def kind(self, pretraining: bool) -> str:
+        """Equal for arms whose iterations, of pretraining or of fine-tuning, take the same time."""
+        skip = ("DATASETS.", "MODEL.WEIGHTS", "SOLVER.MAX_ITER", "SOLVER.STEPS")
+        skip += FINETUNE_ONLY if pretraining else ("SSL.ENABLED",)
+        values = changed(self.cfg).items()
+        if not pretraining:
+            values = _of_finetuning(values)
+        return _key((k, v) for k, v in values if not k.startswith(skip) and "MAX_ITER" not in k)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study's yaml asks for, checked.
+
+    total: photos of ``train``.
+    """
+
+    arms: Dict[str, Arm]
+    baseline: str
+    train: str
+    total: int
+    dev: int
+    budgets: List[int]
+    subsets: List[Union[int, str]]
+    seeds: int
+    curve_points: int
+    effect: float
+    least: float
+    output: str
+
+    @property
+    def test(self) -> str:
+        return self.arms[self.baseline].cfg.DATASETS.TEST[0]
+
+    def labels(self, budget: int, subset: Union[int, str]) -> str:
+        """The data set of a budget; the same for all subsets where the budget is everything."""
+        return self.train if budget == self.total else f"{self.train}@{budget}{_of_seed(subset)}"
+
+    def dev_set(self, budget: int, subset: Union[int, str]) -> str:
+        """Photos that are in no budget up to this one; none where there are not enough."""
+        if not self.dev or budget + self.dev > self.total:
+            return ""
+        return f"{self.train}@-{self.dev}{_of_seed(subset)}"
+
+    def unit(self, budget: int, subset: Union[int, str], seed: int):
+        """What independent repeats of a budget are: subsets, or seeds where these do not differ."""
+        return subset if len(self.subsets) > 1 and budget < self.total else (subset, seed)
+
+
+def _of_seed(subset: Union[int, str]) -> str:
+    return "" if subset == FIRST else f"#seed{subset}"
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One process' work: ``result.json`` in its folder is there when it is done.
+
+    cfg: the config of the main job for it; OUTPUT_DIR is the task's folder.
+    key: changes with whatever its outcome follows from.
+    """
+
+    cfg: CfgNode
+    key: str
+
+    @property
+    def folder(self) -> str:
+        return self.cfg.OUTPUT_DIR
+
+    @property
+    def result_file(self) -> str:
+        return os.path.join(self.folder, "result.json")
+
+    def result(self) -> Optional[dict]:
+        """What came of it; None if it was not run, with another key, or if its process died."""
+        try:
+            with open(self.result_file) as file:
+                result = json.load(file)
+        except (FileNotFoundError, ValueError):
+            return None
+        return result if result["key"] == self.key and not result.get("died") else None
+
+
+@dataclass(frozen=True, eq=False)
+class Pretraining(Task):
+    """Shared by all runs that start from the same hand-off."""
+
+    arm: str
+
+    needs = None
+
+    @property
+    def seed(self) -> int:
+        return self.cfg.SEED
+
+    def result(self) -> Optional[dict]:
+        done = super().result()
+        return done if done and (done["failed"] or os.path.isfile(self.weights)) else None
+
+    @property
+    def weights(self) -> str:
+        return pretrained_path(self.cfg)
+
+    def __str__(self):
+        return f"pretraining of {self.arm}, seed {self.seed}"
+
+
+@dataclass(frozen=True, eq=False)
+class Run(Task):
+    """Fine-tuning on one budget of labels, and the test."""
+
+    arm: str
+    budget: int
+    subset: Union[int, str]
+    needs: Optional[Pretraining] = None
+
+    @property
+    def seed(self) -> int:
+        return self.cfg.SEED
+
+    def __str__(self):
+        subset = f"the first of {self.subset}" if self.subset == FIRST else f"subset {self.subset}"
+        return f"{self.arm}, {self.budget} labels, {subset}, seed {self.seed}"
+
+
+# ---- the yaml
+
+
+def read_study(
+    file: str, opts: Sequence[str] = (), output: str = "", register: Sequence[str] = ()
+) -> Study:
+    """
+    Args:
+        file: the study's yaml.
+        opts: ``KEY VALUE`` overrides: of the study's own keys (``SEEDS 10``), or of config keys in
+            all arms (``SOLVER.MAX_ITER 800``).
+        output: folder of the study; default: output/study/<name of the yaml>.
+        register: more functions that register data sets, see ``SSL.REGISTER``.
+
+    Raises:
+        D2SSLError: a key that does not exist, an arm that is not there, a budget that is larger
+            than the set, or whatever a config can have wrong.
+    """
+    asked = _read(file)
+    common = dict(asked["COMMON"])
+    if len(opts) % 2:
+        raise D2SSLError(f"{' '.join(opts)}: overrides are pairs, KEY VALUE")
+    for key, value in zip(opts[::2], opts[1::2]):
+        if key in asked:
+            asked[key] = yaml.safe_load(value)
+        elif "." in key or key in leaves(get_cfg()):
+            common[key] = value
+        else:
+            raise D2SSLError(_unknown(key, DEFAULTS, "overrides"))
+    _check_types(file, asked)
+    base = os.path.join(os.path.dirname(file), asked["CONFIG"])
+    arms = {}
+    for name, overlay in asked["ARMS"].items():
+        keys = {**common, **_inherited(file, asked["ARMS"], name)}
+        matched = keys.pop("COMPUTE_MATCHED", "")
+        arms[name] = Arm(name, _arm_cfg(file, name, base, keys, register), matched)
+    study = Study(
+        arms=arms,
+        baseline=asked["BASELINE"],
+        train=asked["TRAIN"],
+        total=_count(file, asked["TRAIN"]),
+        dev=asked["DEV"],
+        budgets=sorted(set(asked["BUDGETS"])),
+        subsets=_subsets(asked["SUBSETS"]),
+        seeds=asked["SEEDS"],
+        curve_points=asked["CURVE_POINTS"],
+        effect=float(asked["EFFECT"]),
+        least=float(asked["LEAST"]),
+        output=output or os.path.join("output", "study", _stem(file)),
+    )
+    _check(file, study)
+    return study
+
+
+def _read(file: str) -> dict:
+    if not os.path.isfile(file):
+        raise D2SSLError(f"--config-file {file}: no such file")
+    try:
+        content = CfgNode.load_yaml_with_base(file, allow_unsafe=False)
+    except (yaml.YAMLError, OSError, ValueError, AssertionError) as error:
+        raise D2SSLError(f"{file}: {' '.join(str(error).split())}") from error
+    for key in content:
+        if key not in DEFAULTS:
+            raise D2SSLError(_unknown(key, DEFAULTS, file))
+    return {**DEFAULTS, **content}
+
+
+def _check_types(file: str, asked: Mapping) -> None:
+    for key, default in DEFAULTS.items():
+        value, kind = asked[key], type(default)
+        allowed = {float: (int, float), int: (int,), list: (list,), dict: (dict,), str: (str,)}[
+            kind
+        ]
+        if key == "SUBSETS":
+            allowed = (int, list)
+        if not isinstance(value, allowed) or isinstance(value, bool):
+            wanted = {"SUBSETS": "a number, or a list"}.get(
+                key,
+                {float: "a number", int: "a whole number", list: "a list", dict: "KEY: VALUE pairs",
+                 str: "a name"}[kind],
+            )  # fmt: skip
+            raise D2SSLError(f"{file}: {key} {value}: give {wanted}")
+
+
+def _stem(file: str) -> str:
+    return os.path.splitext(os.path.basename(file))[0]
+
+
+def _unknown(key: str, known, where: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"{where}: key {key} does not exist; the nearest is {near[0]}"
+
+
+def _inherited(file: str, arms: Mapping[str, dict], name: str, seen: Tuple = ()) -> dict:
+    """The keys of an arm, on top of those of the arm that it is FROM."""
+    overlay = dict(arms[name] or {})
+    parent = overlay.pop("FROM", "")
+    if not parent:
+        return overlay
+    if parent not in arms or parent in (*seen, name):
+        raise D2SSLError(f"{file}: arm {name} is FROM {parent}; name another arm of the study")
+    return {**_inherited(file, arms, parent, (*seen, name)), **overlay}
+
+
+def _arm_cfg(file: str, name: str, base: str, keys: Mapping[str, object], register) -> CfgNode:
+    where = f"{file}: arm {name}"
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise D2SSLError(f"{where}: names are folders, too; use letters, digits and _ . + -")
+    for key in keys:
+        if key in OWN:
+            raise D2SSLError(f"{where}: {key} is set by {OWN[key]}; leave it out")
+    try:
+        cfg = load_cfg(base, [word for pair in keys.items() for word in pair])
+        cfg.defrost()
+        cfg.SSL.REGISTER = (*cfg.SSL.REGISTER, *register)
+        cfg.freeze()
+        register_datasets(cfg)
+        return resolve_auto(cfg)
+    except D2SSLError as error:
+        raise D2SSLError(f"{where}: {error}") from error
+
+
+def _count(file: str, train: str) -> int:
+    if not train:
+        raise D2SSLError(f"{file}: TRAIN is missing; name the set whose labels are budgeted")
+    ensure_registered([train])
+    return count_photos([train])
+
+
+def _subsets(asked: Union[int, list]) -> List[Union[int, str]]:
+    return list(range(asked)) if isinstance(asked, int) else list(dict.fromkeys(asked))
+
+
+def _check(file: str, study: Study) -> None:
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise D2SSLError(f"{file}: {message}")
+
+    arms = study.arms
+    require(bool(arms), "ARMS is empty; name two or more")
+    require(
+        study.baseline in arms,
+        f"BASELINE {study.baseline or '(missing)'}: choose from {', '.join(arms)}",
+    )
+    require(not arms[study.baseline].matched, "BASELINE: cannot be a compute-matched arm")
+    for arm in arms.values():
+        other = arms.get(arm.matched)
+        require(
+            not arm.matched or (other is not None and other.pretrains),
+            f"arm {arm.name}: COMPUTE_MATCHED {arm.matched}: name an arm that pretrains",
+        )
+        require(
+            not (arm.matched and arm.pretrains),
+            f"arm {arm.name}: spends the time of {arm.matched} on fine-tuning, so it needs "
+            "SSL.ENABLED False",
+        )
+        require(
+            len(arm.cfg.DATASETS.TEST) == 1 and arm.cfg.DATASETS.TEST[0] == study.test,
+            f"arm {arm.name}: DATASETS.TEST must be one set, the same in all arms",
+        )
+    require(bool(study.budgets), "BUDGETS is empty; e.g. [8, 16]")
+    for budget in study.budgets:
+        require(
+            type(budget) is int and 1 <= budget <= study.total,
+            f"BUDGETS {budget}: {study.train} has {study.total} photos",
+        )
+    require(study.seeds >= 1 and bool(study.subsets), "SEEDS and SUBSETS: give 1 or more")
+    for subset in study.subsets:
+        require(
+            subset == FIRST or type(subset) is int and subset >= 0,
+            f'SUBSETS {subset}: give seeds of 0 or more, or "first"',
+        )
+    require(0 <= study.dev < study.total, f"DEV {study.dev}: {study.train} has {study.total}")
+    require(study.curve_points >= 1, "CURVE_POINTS: give 1 or more")
+    require(study.test != study.train, "DATASETS.TEST is TRAIN: the photos must be others")
+
+
+def recipe_differences(study: Study) -> Dict[str, Dict[str, object]]:
+    """Config keys of fine-tuning that are not the same in all arms: key -> {arm: value}.
+
+    Where an arm starts from and how it is pretrained is what a study compares; a difference in
+    these would be compared as well.
+    """
+    start = ("MODEL.WEIGHTS", "MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.STRIDE_IN_1X1")
+    skip = ("SSL.", *start, "MODEL.PIXEL_", "INPUT.FORMAT", "OUTPUT_DIR")
+    values = {
+        name: {
+            key: value
+            for key, value in leaves(arm.cfg).items()
+            if key.startswith("SSL.FINETUNE.") or not key.startswith(skip)
+        }
+        for name, arm in study.arms.items()
+    }
+    first = values[study.baseline]
+    return {
+        key: {name: found[key] for name, found in values.items()}
+        for key in first
+        if any(found[key] != first[key] for found in values.values())
+    }
+
+
+# ---- the runs
+
+
+def plan(study: Study, matched_iterations: Mapping[str, int]) -> List[Task]:
+    """All tasks in the order in which they should run: one repeat after the other, so that the
+    first results of all arms come early; each pretraining before the runs that need it.
+
+    Args:
+        matched_iterations: arm -> length of fine-tuning, for the compute-matched ones.
+    """
+    tasks: Dict[str, Task] = {}
+    for number, subset in enumerate(study.subsets):
+        for k in range(study.seeds):
+            seed = number * study.seeds + k
+            for budget in study.budgets:
+                for arm in study.arms.values():
+                    needs = None
+                    if arm.pretrains:
+                        made = _pretraining(study, arm, seed)
+                        needs = tasks.setdefault(made.key, made)
+                    iterations = matched_iterations.get(arm.name, arm.cfg.SOLVER.MAX_ITER)
+                    run = _run(study, arm, budget, subset, seed, iterations, needs)
+                    tasks[run.folder] = run
+    return list(tasks.values())
+
+
+def _pretraining(study: Study, arm: Arm, seed: int) -> Pretraining:
+    cfg = arm.cfg.clone()
+    cfg.defrost()
+    cfg.SEED = seed
+    key = _key((k, v) for k, v in changed(cfg).items() if not k.startswith(FINETUNE_ONLY))
+    cfg.OUTPUT_DIR = os.path.join(study.output, "pretraining", arm.name, f"seed{seed}")
+    # Of these only class names and sizes enter the hand-off, which all budgets share.
+    cfg.DATASETS.TRAIN = (study.train,)
+    cfg.freeze()
+    return Pretraining(cfg, key, arm.name)
+
+
+def _run(study, arm: Arm, budget, subset, seed, iterations, needs) -> Run:
+    cfg = with_length(arm.cfg, iterations)
+    cfg.defrost()
+    cfg.SEED = seed
+    cfg.DATASETS.TRAIN = (study.labels(budget, subset),)
+    cfg.SSL.FINETUNE.DEV_DATASET = study.dev_set(budget, subset)
+    dev = cfg.SSL.FINETUNE.DEV_DATASET
+    cfg.TEST.EVAL_PERIOD = -(-iterations // study.curve_points) if dev else 0
+    cfg.SSL.ENABLED = False  # that is the other task
+    kept = _of_finetuning(changed(cfg).items())
+    key = _key([*kept, ("pretraining", needs.key if needs else "")])
+    if needs:
+        cfg.MODEL.WEIGHTS = needs.weights
+    place = (arm.name, f"{budget}", f"subset{subset}-seed{seed}")
+    cfg.OUTPUT_DIR = os.path.join(study.output, "runs", *place)
+    cfg.freeze()
+    return Run(cfg, key, arm.name, budget, subset, needs)
+
+
+def _of_finetuning(values):
+    return [(k, v) for k, v in values if not k.startswith("SSL.") or k.startswith("SSL.FINETUNE.")]
+
+
+def with_length(cfg: CfgNode, iterations: int) -> CfgNode:
+    """A copy that fine-tunes for so many iterations; the schedule keeps its shape."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    solver = cfg.SOLVER
+    solver.STEPS = tuple(step * iterations // solver.MAX_ITER for step in solver.STEPS)
+    solver.MAX_ITER = iterations
+    cfg.freeze()
+    return cfg
+
+
+def _key(values) -> str:
+    values = sorted((k, v) for k, v in values if k not in INCIDENTAL)
+    return hashlib.sha256(json.dumps(values, default=list).encode()).hexdigest()[:16]

@@ -1,0 +1,129 @@
+"""The figures of a study, from its findings."""
+
+import io
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from d2ssl.report.plots import BLUE, GREEN, GREY, ORANGE, PARTS, PURPLE, STYLE
+
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, *PARTS)
+
+
+def colors(arms: Sequence[str]) -> Dict[str, str]:
+    """Of each arm, the same in all figures; grey beyond the palette."""
+    return {arm: COLORS[i] if i < len(COLORS) else GREY for i, arm in enumerate(arms)}
+
+
+def plot_efficiency(
+    cells: Sequence[dict], arms: Sequence[str], kind: str = "svg", what: str = "segm"
+) -> bytes:
+    """AP over labels: a line an arm, with the interval of each mean.
+
+    Args:
+        cells: see :func:`~d2ssl.study.findings.findings`.
+        kind: "svg", transparent; or "png", on white.
+    """
+    budgets = sorted({cell["budget"] for cell in cells})
+    with matplotlib.rc_context({**STYLE, "font.size": 10}):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        axes.set_xscale("log", base=2)
+        shown = [arm for arm in arms if any(cell["arm"] == arm for cell in cells)]
+        for i, arm in enumerate(shown):
+            points = sorted((c for c in cells if c["arm"] == arm), key=lambda c: c["budget"])
+            # Side by side, or intervals would hide one another.
+            x = [c["budget"] * 2 ** (0.05 * (i - (len(shown) - 1) / 2)) for c in points]
+            y = [c[what]["mean"] for c in points]
+            color = colors(arms)[arm]
+            axes.plot(x, y, "o-", color=color, linewidth=1.6, markersize=5, label=arm)
+            for at, cell in zip(x, points):
+                if cell[what]["interval"]:
+                    axes.plot([at, at], cell[what]["interval"], color=color, linewidth=1.2)
+        axes.set_xticks(budgets, [str(b) for b in budgets])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("labelled photos")
+        axes.set_ylabel(f"{what} AP on the test photos (%)")
+        _tidy(axes)
+        axes.legend(frameon=False, loc="best")
+        return _file(figure, kind)
+
+
+def plot_differences(differences: Sequence[dict], arms: Sequence[str], baseline: str) -> bytes:
+    """Segm AP over the baseline with its interval, a row a budget and arm; SVG."""
+    rows = list(reversed(differences))
+    if not rows:
+        return b""
+    with matplotlib.rc_context({**STYLE, "font.size": 9}):
+        figure = Figure(figsize=(7.2, 0.3 * len(rows) + 0.9), layout="constrained")
+        axes = figure.subplots()
+        axes.axvline(0, color=GREY, linewidth=0.8)
+        for y, row in enumerate(rows):
+            color, segm = colors(arms)[row["arm"]], row["segm"]
+            if segm["interval"]:
+                axes.plot(segm["interval"], [y, y], color=color, linewidth=1.6)
+            axes.plot(segm["mean"], y, "o", color=color, markersize=5)
+        labels = [f"{row['arm']}, {row['budget']} labels" for row in rows]
+        axes.set_yticks(range(len(rows)), labels)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlabel(f"segm AP over {baseline}")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(left=False)
+        axes.grid(axis="x", color=GREY, alpha=0.2, linewidth=0.8)
+        return _file(figure)
+
+
+def plot_panels(
+    lines: Dict[int, Dict[str, List[Tuple[float, Optional[float]]]]],
+    arms: Sequence[str],
+    xlabel: str,
+    ylabel: str,
+) -> bytes:
+    """A panel a budget, a line an arm; SVG, empty where there is nothing to draw.
+
+    Args:
+        lines: budget -> arm -> points; a y of None is left out.
+    """
+    lines = {budget: of_arm for budget, of_arm in lines.items() if any(of_arm.values())}
+    if not lines:
+        return b""
+    with matplotlib.rc_context({**STYLE, "font.size": 9}):
+        figure = Figure(figsize=(2.7 * len(lines) + 0.6, 2.9), layout="constrained")
+        panels = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
+        for (budget, of_arm), axes in zip(lines.items(), panels):
+            for arm, points in of_arm.items():
+                points = [p for p in points if p[1] is not None]
+                if points:
+                    dots = {"marker": "o", "markersize": 3.5} if len(points) <= 10 else {}
+                    axes.plot(*zip(*points), color=colors(arms)[arm], label=arm, **dots)
+            axes.set_xlim(0, None)
+            axes.set_title(f"{budget} labels", fontsize=9)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.set_xlabel(xlabel)
+            _tidy(axes)
+        panels[0].set_ylabel(ylabel)
+        panels[0].set_ylim(0, None)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncol=3, frameon=False)
+        return _file(figure)
+
+
+def _tidy(axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _file(figure: Figure, kind: str = "svg") -> bytes:
+    file = io.BytesIO()
+    if kind == "png":
+        FigureCanvasAgg(figure)
+        figure.savefig(file, format="png", dpi=160, facecolor="white")
+    else:
+        FigureCanvasSVG(figure)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return file.getvalue()

@@ -1,0 +1,128 @@
+"""How long will it take on this machine? A few iterations of each kind of work, measured once.
+
+What is measured is kept with the study: the length of the compute-matched arms follows from it, so
+that it is the same for all seeds and after an interruption.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from typing import Dict, Mapping, Sequence
+
+import torch
+
+from d2ssl import pipeline
+from d2ssl.atomic import atomic_open, make_folder
+from d2ssl.config import finetune_cfg, pretrain_cfg
+from d2ssl.data.build import build_validation_batches, count_photos
+from d2ssl.engine.trainer import FinetuneTrainer, PretrainTrainer
+from d2ssl.study.plan import Arm, Pretraining, Run, Study, Task
+
+WARM_UP, MEASURED = 2, 5
+START = 20  # seconds for a process to come up: imports, photos, weights
+
+
+def measure(arm: Arm, train: str, pretraining: bool, threads: int) -> Dict[str, float]:
+    """In a process of its own: ``iteration``, seconds of one of pretraining or of fine-tuning, and,
+    of fine-tuning, ``photo``, seconds of a photo at test."""
+    if threads:
+        torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = arm.cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = folder
+        cfg.DATASETS.TRAIN = (train,)
+        cfg.SOLVER.MAX_ITER = cfg.SSL.SOLVER.MAX_ITER = WARM_UP + MEASURED
+        cfg.SOLVER.BASE_LR = cfg.SSL.SOLVER.BASE_LR = 1e-6  # whether it diverges is not asked here
+        cfg.SSL.ENABLED = pretraining  # what weights fine-tuning starts from does not matter here
+        cfg.freeze()
+        cfg = pipeline.set_up(cfg)
+        if pretraining:
+            return {"iteration": _iteration(PretrainTrainer(pretrain_cfg(cfg)))}
+        stage = finetune_cfg(cfg)
+        stage.defrost()
+        stage.DATASETS.TEST = ()
+        trainer = FinetuneTrainer(stage)
+        return {"iteration": _iteration(trainer), "photo": _photo(trainer.module, cfg)}
+
+
+def _iteration(trainer) -> float:
+    trainer.train()
+    times = [value for value, _ in trainer.storage.history("time").values()]
+    return statistics.median(times[-MEASURED:])
+
+
+@torch.no_grad()
+def _photo(model, cfg) -> float:
+    model.eval()
+    times = []
+    for batch in build_validation_batches(cfg, cfg.DATASETS.TEST, limit=3):
+        started = time.perf_counter()
+        model(batch)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def timings(study: Study, call, threads: int) -> Dict[str, Dict[str, float]]:
+    """Of each arm: seconds of an iteration of ``pretraining`` (0 without) and of ``finetuning``,
+    and of a ``photo`` at test; measured where ``timing.json`` does not know it yet.
+
+    Args:
+        call: runs a function in a job, :meth:`~d2ssl.study.jobs.Launcher.call`.
+    """
+    path = os.path.join(study.output, "timing.json")
+    known: Dict[str, Dict] = {}
+    if os.path.isfile(path):
+        with open(path) as file:
+            known = json.load(file)
+
+    def find(arm: Arm, pretraining: bool) -> Dict[str, float]:
+        kind = arm.kind(pretraining)
+        if kind not in known:
+            print(f"timing {'pretraining' if pretraining else 'fine-tuning'} of {arm.name} ...")
+            known[kind] = call(measure, arm, study.train, pretraining, threads)
+            make_folder(study.output)
+            with atomic_open(path, "w") as file:
+                json.dump(known, file, indent=1)
+        return known[kind]
+
+    found = {}
+    for name, arm in study.arms.items():
+        finetuning = find(arm, False)
+        found[name] = {
+            "pretraining": find(arm, True)["iteration"] if arm.pretrains else 0.0,
+            "finetuning": finetuning["iteration"],
+            "photo": finetuning["photo"],
+        }
+    return found
+
+
+def matched_iterations(study: Study, seconds: Mapping[str, Mapping[str, float]]) -> Dict[str, int]:
+    """Length of fine-tuning of the compute-matched arms: their own, and as many iterations more as
+    the other arm's pretraining takes the time of."""
+    lengths = {}
+    for arm in study.arms.values():
+        if arm.matched:
+            other = study.arms[arm.matched].cfg.SSL.SOLVER.MAX_ITER
+            spent = other * seconds[arm.matched]["pretraining"]
+            own = arm.cfg.SOLVER.MAX_ITER
+            lengths[arm.name] = own + round(spent / seconds[arm.name]["finetuning"])
+    return lengths
+
+
+def seconds_of(task: Task, study: Study, seconds: Mapping[str, Mapping[str, float]]) -> float:
+    """What a task should take, alone on its share of the machine."""
+    one = seconds[task.arm]
+    if isinstance(task, Pretraining):
+        return START + task.cfg.SSL.SOLVER.MAX_ITER * one["pretraining"]
+    assert isinstance(task, Run)
+    photos = count_photos([study.test])
+    if task.cfg.SSL.FINETUNE.DEV_DATASET:
+        photos += study.curve_points * study.dev
+    return START + task.cfg.SOLVER.MAX_ITER * one["finetuning"] + photos * one["photo"]
+
+
+def total(tasks: Sequence[Task], study: Study, seconds, at_once: int) -> float:
+    return sum(seconds_of(task, study, seconds) for task in tasks) / at_once

@@ -1,0 +1,178 @@
+"""Made-up results with known answers: on each of 16 photos is one object, found or not."""
+
+import json
+
+import numpy as np
+import pytest
+
+from d2ssl.evaluation.matches import IOUS, TASKS, Matches
+from d2ssl.evaluation.statistics import NOT, PAYS, UNKNOWN
+from d2ssl.study.findings import Results, findings
+from d2ssl.study.plan import Run, plan, read_study
+
+PHOTOS = 16
+
+
+def made_up(found, score=0.8):
+    """Matches of a model that finds the objects on some photos, and elsewhere nothing."""
+    found = sorted(found)
+    count = len(found)
+    return Matches(
+        list(range(PHOTOS)),
+        np.ones((1, PHOTOS), int),
+        np.zeros(count, int),
+        np.array(found, int),
+        np.full(count, score),
+        np.ones((count, len(IOUS)), bool),
+        np.zeros((count, len(IOUS)), bool),
+    )
+
+
+def ap_of(count):
+    """All that is found is right: precision 1 up to a recall of count / PHOTOS."""
+    return 100 * (100 * count // PHOTOS + 1) / 101
+
+
+@pytest.fixture
+def make(write_study, tmp_path):
+    """Callable: {(arm, budget): [photos found in each repeat, or why it failed]} -> findings."""
+
+    def make(table, **keys):
+        keys = {"SUBSETS": 3, "BUDGETS": [3, 6], "DEV": 0, **keys}
+        study = read_study(write_study(**keys), output=str(tmp_path / "out"))
+        runs = [t for t in plan(study, {"longer": 8}) if isinstance(t, Run)]
+        counted, results = {}, []
+        for run in runs:
+            outcomes = table.get((run.arm, run.budget), [])
+            i = counted[run.arm, run.budget] = counted.get((run.arm, run.budget), -1) + 1
+            results.append(_result(run, outcomes[i]) if i < len(outcomes) else None)
+        found = findings(study, Results(study, runs, results))
+        json.dumps(found, allow_nan=False)
+        return found
+
+    return make
+
+
+def _result(run, outcome):
+    identity = {"arm": run.arm, "budget": run.budget, "subset": run.subset, "seed": run.seed}
+    if isinstance(outcome, str):
+        return {**identity, "failed": outcome}
+    matches = made_up(range(outcome) if isinstance(outcome, int) else outcome)
+    return {
+        **identity,
+        "failed": None,
+        "iterations": 4,
+        "seconds": 60.0,
+        "ap": {what: ap_of(len(matches.score)) for what in TASKS},
+        "curve": [[2, 1.0 + run.seed, 2.0], [4, 5.0 + run.seed, 6.0]],
+        "matches": {what: matches.to_json() for what in TASKS},
+    }
+
+
+def of(rows, arm, budget):
+    return next(r for r in rows if (r["arm"], r["budget"]) == (arm, budget))
+
+
+CLEAR = {
+    ("scratch", 3): [4, 4, 5], ("soco", 3): [12, 12, 13], ("longer", 3): [4, 5, 5],
+    ("scratch", 6): [12, 12, 13], ("soco", 6): [13, 12, 12], ("longer", 6): [12, 12, 12],
+}  # fmt: skip
+
+
+def test_means_and_paired_differences(make):
+    found = make(CLEAR)
+    cell = of(found["cells"], "soco", 3)
+    assert cell["segm"]["mean"] == pytest.approx(np.mean([ap_of(12), ap_of(12), ap_of(13)]))
+    assert cell["runs"] == cell["segm"]["units"] == 3
+    pairs = [ap_of(12) - ap_of(4), ap_of(12) - ap_of(4), ap_of(13) - ap_of(5)]
+    difference = of(found["differences"], "soco", 3)
+    assert difference["segm"]["mean"] == pytest.approx(np.mean(pairs))
+    assert difference["segm"]["run_sd"] == pytest.approx(np.std(pairs, ddof=1))
+    control = [ap_of(12) - ap_of(4), ap_of(12) - ap_of(5), ap_of(13) - ap_of(5)]
+    assert difference["control"]["mean"] == pytest.approx(np.mean(control))
+    assert of(found["differences"], "longer", 3)["control"] is None
+
+
+def test_a_clear_gain_pays_and_is_worth_the_labels_that_the_baseline_needs(make):
+    found = make(CLEAR)
+    difference = of(found["differences"], "soco", 3)
+    assert difference["verdict"] == PAYS
+    assert difference["worth"][0] == pytest.approx(6)  # the baseline has that AP at 6 labels
+    sentence = found["answer"][0]
+    assert sentence.startswith("soco with 3 labels: pays. +49.5 segm AP [")
+    assert "its 3 labels do what 6 [" in sentence
+
+
+def test_more_than_the_largest_and_fewer_than_the_smallest_budget(make):
+    found = make({**CLEAR, ("soco", 6): [15, 15, 16], ("soco", 3): [1, 1, 1]})
+    assert of(found["differences"], "soco", 6)["worth"][0] is None
+    assert of(found["differences"], "soco", 3)["worth"][0] == 0
+    assert "fewer than 3" in found["answer"][0] and "more than 6" in found["answer"][1]
+
+
+def test_no_gain_over_the_control_does_not_pay(make):
+    """Longer fine-tuning is as good in every run: pretraining is not what helped."""
+    found = make({**CLEAR, ("longer", 3): CLEAR["soco", 3]})
+    difference = of(found["differences"], "soco", 3)
+    assert difference["segm"]["interval"][0] > 0 and difference["control"]["mean"] == 0
+    assert difference["verdict"] == NOT
+    assert "does not pay" in found["answer"][0] and "over longer" in found["answer"][0]
+
+
+def test_what_scatters_cannot_be_told_yet(make):
+    found = make({**CLEAR, ("soco", 3): [1, 6, 9]})
+    difference = of(found["differences"], "soco", 3)
+    assert difference["verdict"] == UNKNOWN
+    assert difference["more"] is None or difference["more"] > 3
+
+
+def test_one_repeat_has_no_interval(make):
+    found = make({key: values[:1] for key, values in CLEAR.items()}, SUBSETS=1)
+    difference = of(found["differences"], "soco", 3)
+    assert difference["segm"]["interval"] is None and difference["verdict"] == UNKNOWN
+    assert len(difference["worth"]) == 1 and "no interval" in found["answer"][0]
+
+
+def test_runs_of_all_labels_are_repeats_though_their_subset_is_the_same(make):
+    table = {(arm, 8): [4, 5, 6, 7] for arm in ("scratch", "soco")}
+    table |= {(arm, 3): [4, 5, 6, 7] for arm in ("scratch", "soco")}
+    found = make(table, SUBSETS=2, SEEDS=2, BUDGETS=[3, 8])
+    assert of(found["cells"], "soco", 8)["segm"]["units"] == 4
+    assert of(found["cells"], "soco", 3)["segm"]["units"] == 2
+
+
+def test_a_failed_run_is_listed_and_its_pair_left_out(make):
+    found = make({**CLEAR, ("scratch", 3): [4, "the loss became infinite", 5]})
+    assert [(f["arm"], f["subset"], f["failed"]) for f in found["failed"]] == [
+        ("scratch", 1, "the loss became infinite")
+    ]
+    assert of(found["cells"], "scratch", 3)["runs"] == 2
+    pairs = [ap_of(12) - ap_of(4), ap_of(13) - ap_of(5)]
+    assert of(found["differences"], "soco", 3)["segm"]["mean"] == pytest.approx(np.mean(pairs))
+
+
+def test_the_photos_that_changed_most(make):
+    """The baseline finds photos 0..3, the arm 2..6: 0 and 1 are lost, 4, 5, 6 gained."""
+    table = {("scratch", 3): [range(4)] * 3, ("soco", 3): [range(2, 7)] * 3}
+    changed = make(table)["photos"]
+    assert [c["photo"] for c in changed] == [4, 5, 6, 0, 1]
+    assert [(c["before"], c["after"]) for c in changed][::4] == [(0, 100), (100, 0)]
+
+
+def test_the_score_sweep(make):
+    found = make({("scratch", 3): [4, 4, 5]})
+    points = {p[0]: p[1:] for p in of(found["sweeps"], "scratch", 3)["points"]}
+    precision, recall, f1, ap = points[0.8]
+    assert precision == 1 and recall == pytest.approx(13 / 48)
+    assert f1 == pytest.approx(2 * 13 / (13 + 48))
+    assert ap == pytest.approx(of(found["cells"], "scratch", 3)["segm"]["mean"])
+    assert points[0.85] == [None, 0, 0, 0]
+
+
+def test_curves_are_means_over_runs(make):
+    points = of(make(CLEAR)["curves"], "soco", 3)["points"]
+    assert points == [[2, 2, 2], [4, 6, 6]]  # 1 + seed of 0, 1, 2
+
+
+def test_before_the_first_run(make):
+    assert make({})["answer"] == [] == make({})["cells"]

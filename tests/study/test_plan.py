@@ -1,0 +1,177 @@
+"""What a study's yaml becomes: arms, budgets, subsets, seeds."""
+
+import pytest
+
+from d2ssl.data.build import load_dicts
+from d2ssl.errors import D2SSLError
+from d2ssl.study.plan import Pretraining, Run, plan, read_study, recipe_differences
+from tests.conftest import CONFIGS
+
+MATCHED = {"longer": 9}
+
+
+@pytest.fixture
+def study(write_study, tmp_path):
+    return read_study(write_study(), output=str(tmp_path / "out"))
+
+
+def runs_of(tasks):
+    return [task for task in tasks if isinstance(task, Run)]
+
+
+def photos(name):
+    return {d["file_name"] for d in load_dicts([name])}
+
+
+def test_every_arm_gets_the_same_labels_and_seed(study):
+    runs = runs_of(plan(study, MATCHED))
+    assert len(runs) == 3 * 3 * 2  # arms, budgets, subsets
+    for budget in (3, 6, 8):
+        for subset in (0, 1):
+            group = [r for r in runs if (r.budget, r.subset) == (budget, subset)]
+            assert {r.arm for r in group} == {"scratch", "soco", "longer"}
+            assert len({r.cfg.DATASETS.TRAIN for r in group}) == len({r.seed for r in group}) == 1
+            assert len(load_dicts(group[0].cfg.DATASETS.TRAIN)) == budget
+
+
+def test_labels_are_nested_differ_by_subset_and_never_are_dev_photos(study):
+    small, large = (photos(study.labels(budget, 0)) for budget in (3, 6))
+    assert small < large and small != photos(study.labels(3, 1))
+    dev = photos(study.dev_set(6, 0))
+    assert len(dev) == 2 and not dev & large
+    assert study.dev_set(8, 0) == "" and study.labels(8, 0) == "balloon_demo_train"
+
+
+def test_the_test_set_is_evaluated_once_and_the_dev_set_at_each_point(study):
+    for run in runs_of(plan(study, MATCHED)):
+        if run.budget == 8:
+            assert run.cfg.SSL.FINETUNE.DEV_DATASET == "" and run.cfg.TEST.EVAL_PERIOD == 0
+        else:
+            assert run.cfg.SSL.FINETUNE.DEV_DATASET
+            assert run.cfg.TEST.EVAL_PERIOD == (5 if run.arm == "longer" else 2)
+
+
+def test_a_pretraining_is_shared_by_budgets_and_comes_before_them(study):
+    tasks = plan(study, MATCHED)
+    pretrainings = [task for task in tasks if isinstance(task, Pretraining)]
+    assert [p.seed for p in pretrainings] == [0, 1]  # it varies with the rest
+    for run in runs_of(tasks):
+        assert (run.needs is not None) == (run.arm == "soco")
+        if run.needs:
+            assert run.needs.seed == run.seed and tasks.index(run.needs) < tasks.index(run)
+            assert run.cfg.MODEL.WEIGHTS == run.needs.weights and not run.cfg.SSL.ENABLED
+
+
+def test_arms_that_differ_in_fine_tuning_alone_share_a_pretraining(write_study, tmp_path):
+    arms = {
+        "scratch": {"SSL.ENABLED": False},
+        "soco": {},
+        "soco-slow": {"FROM": "soco", "SSL.FINETUNE.LR_FACTOR.RES2": 0.1},
+        "soco-long": {"FROM": "soco", "SSL.SOLVER.MAX_ITER": 40},
+    }
+    study = read_study(write_study(ARMS=arms, SUBSETS=1), output=str(tmp_path / "out"))
+    tasks = plan(study, {})
+    assert [t.arm for t in tasks if isinstance(t, Pretraining)] == ["soco", "soco-long"]
+    needs = {run.arm: run.needs for run in runs_of(tasks)}
+    assert needs["soco-slow"] is needs["soco"] is not needs["soco-long"]
+
+
+def test_the_compute_matched_arm_keeps_the_schedules_shape(study):
+    run = next(r for r in runs_of(plan(study, {"longer": 400})) if r.arm == "longer")
+    assert run.cfg.SOLVER.MAX_ITER == 400 and run.cfg.SOLVER.STEPS == (300,)  # of 4: (3,)
+
+
+def test_keys_change_with_what_an_outcome_follows_from_and_with_nothing_else(write_study, tmp_path):
+    def keys(output="out", opts=(), **asked):
+        study = read_study(write_study(**asked), opts, str(tmp_path / output))
+        return [task.key for task in plan(study, MATCHED)]
+
+    before = keys()
+    assert len(set(before)) == len(before)
+    assert keys("elsewhere", ["DATALOADER.NUM_WORKERS", "3"]) == before
+    assert not set(keys(opts=["SSL.TEMPERATURE", "0.3"])) >= set(before)
+    other_lr = keys(opts=["SOLVER.BASE_LR", "0.01"])
+    pretrainings = [i for i, t in enumerate(plan(read_study(write_study()), MATCHED))
+                    if isinstance(t, Pretraining)]  # fmt: skip
+    for i, (old, new) in enumerate(zip(before, other_lr)):
+        assert (old == new) == (i in pretrainings)
+
+
+def test_overrides_of_the_study_and_of_the_config(write_study):
+    study = read_study(write_study(), ["BUDGETS", "[2, 4]", "SEEDS", "3", "SOLVER.MAX_ITER", "7"])
+    assert study.budgets == [2, 4] and study.seeds == 3
+    assert {arm.cfg.SOLVER.MAX_ITER for arm in study.arms.values()} == {7}
+    assert [r.seed for r in runs_of(plan(study, {}))][::6] == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_first_photos_as_the_only_subset(write_study):
+    study = read_study(write_study(SUBSETS=["first"], SEEDS=2))
+    assert study.labels(3, "first") == "balloon_demo_train@3"
+    assert study.dev_set(3, "first") == "balloon_demo_train@-2"
+    # Of one subset the seeds are the repeats; of several the subsets, except with all labels.
+    assert study.unit(3, "first", 0) != study.unit(3, "first", 1)
+    several = read_study(write_study(SEEDS=2))
+    assert several.unit(3, 0, 0) == several.unit(3, 0, 1) != several.unit(3, 1, 2)
+    assert several.unit(8, 0, 0) != several.unit(8, 0, 1)
+
+
+def test_recipe_differences_are_those_of_fine_tuning(write_study):
+    arms = {
+        "scratch": {"SSL.ENABLED": False},
+        "soco": {"SSL.SOLVER.BASE_LR": 0.3},
+        "fast": {"SSL.ENABLED": False, "SOLVER.BASE_LR": 0.5},
+    }
+    differences = recipe_differences(read_study(write_study(ARMS=arms)))
+    assert list(differences) == ["SOLVER.BASE_LR"]
+    assert differences["SOLVER.BASE_LR"] == {"scratch": 0.02, "soco": 0.02, "fast": 0.5}
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"BUDGET": [3]}, "key BUDGET does not exist; the nearest is BUDGETS"),
+        ({"BASELINE": "imagenet"}, "BASELINE imagenet: choose from scratch, soco, longer"),
+        ({"BUDGETS": [3, 80]}, "BUDGETS 80: balloon_demo_train has 8 photos"),
+        ({"BUDGETS": 3}, "BUDGETS 3: give a list"),
+        ({"SEEDS": "two"}, "SEEDS two: give a whole number"),
+        ({"SUBSETS": ["frist"]}, 'SUBSETS frist: give seeds of 0 or more, or "first"'),
+        ({"TRAIN": "balloon_demo_trian"}, "balloon_demo_trian"),
+        ({"TRAIN": ""}, "TRAIN is missing"),
+        ({"TRAIN": "balloon_demo_val", "BUDGETS": [3], "DEV": 0}, "DATASETS.TEST is TRAIN"),
+        ({"ARMS": {"scratch": {"SSL.ENABLED": False, "SEED": 3}}}, "SEED is set by SEEDS"),
+        ({"ARMS": {"scratch": {"SSL.ENABLD": False}}}, "arm scratch: config key SSL.ENABLD"),
+        ({"ARMS": {"scratch": {"FROM": "scratch"}}}, "arm scratch is FROM scratch"),
+        ({"ARMS": {"a b": {}}, "BASELINE": "a b"}, "names are folders"),
+        (
+            {"ARMS": {"scratch": {"SSL.ENABLED": False}, "x": {"COMPUTE_MATCHED": "scratch"}}},
+            "arm x: COMPUTE_MATCHED scratch: name an arm that pretrains",
+        ),
+        (
+            {"ARMS": {"scratch": {}, "x": {"COMPUTE_MATCHED": "scratch"}}},
+            "arm x: spends the time of scratch on fine-tuning",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(write_study, keys, message):
+    with pytest.raises(D2SSLError) as error:
+        read_study(write_study(**keys))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_override_that_is_none(write_study):
+    with pytest.raises(D2SSLError, match="key SEEDZ does not exist; the nearest is SEEDS"):
+        read_study(write_study(), ["SEEDZ", "3"])
+    with pytest.raises(D2SSLError, match="no such file"):
+        read_study("nowhere.yaml")
+
+
+def test_the_studies_in_configs(write_study):
+    """On the drawn photos: the yamls name sets that are not everywhere."""
+    write_study()  # registers them
+    sets = ["TRAIN", "balloon_demo_train", "DATASETS.TEST", "('balloon_demo_val',)"]
+    sets += ["SSL.DATASETS", "('balloon_demo_unlabeled',)", "BUDGETS", "[3]", "DEV", "2"]
+    for file in sorted((CONFIGS / "study").glob("*.yaml")):
+        study = read_study(str(file), sets)
+        lengths = {arm.name: 9 for arm in study.arms.values() if arm.matched}
+        assert len(runs_of(plan(study, lengths))) == len(study.arms) * len(study.subsets)
+        assert not recipe_differences(study), file
