@@ -6,7 +6,6 @@ was taken under, so for it the question has an answer. For other files there are
 """
 
 import os
-import pickle
 import re
 from dataclasses import dataclass, field, replace
 from typing import Dict, List, Optional, Tuple
@@ -20,6 +19,15 @@ from torch import nn
 from d2ssl.config import load_cfg
 from d2ssl.doctor import FAIL, NOTE, OK, WARN, Finding, one_thread
 from d2ssl.engine.checkpoint import Checkpointer, MatchReport
+from d2ssl.engine.weights_file import (
+    TORCHVISION,
+    differing_keys,
+    get,
+    quoted,
+    read,
+    structure_of,
+    tensors_of,
+)
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.fingerprint import fingerprint, relative_difference
 from d2ssl.modeling.norm import refuse_uncalibrated
@@ -63,46 +71,6 @@ def check_weights(path: str, config_file: str = "", opts=()) -> List[Tuple[str, 
 # ---- the file
 
 
-def read(path: str) -> Dict:
-    """The content of a checkpoint, on the CPU.
-
-    Raises:
-        D2SSLError: no such file, or not a checkpoint.
-    """
-    if not os.path.isfile(path):
-        raise D2SSLError(f"{path}: no such file")
-    try:
-        if path.endswith(".pkl"):
-            with open(path, "rb") as file:
-                content = pickle.load(file, encoding="latin1")  # as Detectron2 does
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises anything
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found:
-            raise D2SSLError(
-                f"{path}: holds Python objects besides tensors ({found.group(1)}), which torch "
-                "does not load by default; if you trust its source, save its tensors alone"
-            ) from error
-        raise D2SSLError(f"{path}: not a checkpoint; name a .pth or .pkl file") from error
-    if not isinstance(content, dict) or not tensors_of(content):
-        raise D2SSLError(f"{path}: not a checkpoint: there are no tensors by name in it")
-    return content
-
-
-def tensors_of(content: Dict) -> Dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, wherever its format keeps them."""
-    for key in ("model", "state_dict", "model_state", "blobs"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    return {
-        name: torch.as_tensor(value)
-        for name, value in content.items()
-        if isinstance(value, (torch.Tensor, np.ndarray))
-    }
-
-
 def default_config(path: str) -> str:
     """``stock.yaml`` beside the weights, as a hand-off writes it."""
     beside = os.path.join(os.path.dirname(path), "stock.yaml")
@@ -128,6 +96,16 @@ def describe_origin(content: Dict) -> List[Finding]:
         return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
     versions = ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items())
+    if "donor" in record:
+        donor = record["donor"]
+        facts = {
+            "method": f"{get('method')}, {donor['names']}'s names under {quoted(donor['prefix'])}",
+            "donor wants": "; ".join(f"{k} {_show(v)}" for k, v in donor["wants"].items()),
+            "function": get("checked"),
+            "laid under": record["onto"] or "no detector's weights",
+            "versions": versions,
+        }
+        return [Finding(NOTE, name, detail) for name, detail in facts.items()]
     facts = {
         "method": f"{get('method')}, {get('iterations')} iterations of "
         f"{get('photos_per_iteration')} photos, seed {get('seed')}",
@@ -305,35 +283,6 @@ def _describe_module(
 # ---- what it computes
 
 
-def structure_of(tensors: Dict[str, torch.Tensor]) -> Dict[str, int]:
-    """The config keys that shapes of tensors speak for, as far as those tensors are there."""
-    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-
-    def shape(suffix: str):
-        return next((s for n, s in shapes.items() if n == suffix or n.endswith("." + suffix)), None)
-
-    found = {}
-    stem, conv2 = shape("stem.conv1.weight"), shape("res2.0.conv2.weight")
-    if stem and conv2:
-        found["MODEL.RESNETS.STEM_OUT_CHANNELS"] = stem[0]
-        last = shape("res2.0.conv3.weight") or conv2  # the shallow ResNets have two convolutions
-        found["MODEL.RESNETS.RES2_OUT_CHANNELS"] = last[0]
-        found["MODEL.RESNETS.NUM_GROUPS"] = conv2[0] // conv2[1]
-        found["MODEL.RESNETS.WIDTH_PER_GROUP"] = conv2[1]
-    for layer, key in (("fc1", "FC_DIM"), ("conv1", "CONV_DIM")):
-        weight = shape(f"box_head.{layer}.weight")
-        if weight:
-            found[f"MODEL.ROI_BOX_HEAD.{key}"] = weight[0]
-    return found
-
-
-def get(cfg, key: str):
-    """The value of a dotted key, tuples as lists; KeyError where this Detectron2 has none."""
-    for name in key.split("."):
-        cfg = cfg[name]
-    return list(cfg) if isinstance(cfg, tuple) else cfg
-
-
 def with_values(cfg, values: Dict):
     """A copy of a config with some keys set."""
     cfg = cfg.clone()
@@ -345,19 +294,6 @@ def with_values(cfg, values: Dict):
             node = node[name]
         node[last] = value
     return cfg
-
-
-def differing_keys(cfg, wanted: Dict) -> Dict:
-    """The part of ``wanted`` that a config contradicts."""
-    differing = {}
-    for key, value in wanted.items():
-        value = list(value) if isinstance(value, tuple) else value
-        try:
-            if get(cfg, key) != value:
-                differing[key] = value
-        except KeyError:  # a key of another version of Detectron2
-            continue
-    return differing
 
 
 # What each value of the fingerprint depends on, by the start of the tensors' names.
@@ -531,7 +467,7 @@ def _culprits(cfg, wanted: Dict, compare: _Comparison, given: Attempt) -> List[F
             detail += f"; with {value} all values agree"
         else:
             detail += " for this alone"
-        findings.append(Finding(FAIL, key, detail, f"set {key} {_quoted(wanted[key])}"))
+        findings.append(Finding(FAIL, key, detail, f"set {key} {quoted(wanted[key])}"))
     if len(effects) > 1:
         findings.append(Finding(NOTE, "together", "with all of these set, all values agree"))
     harmless = [_setting(cfg, k, v) for k, v in wanted.items() if k not in effects]
@@ -541,11 +477,6 @@ def _culprits(cfg, wanted: Dict, compare: _Comparison, given: Attempt) -> List[F
     return findings
 
 
-def _quoted(value) -> str:
-    """As it is typed in a shell."""
-    return f'"{value}"' if isinstance(value, (list, tuple)) or value == "" else str(value)
-
-
 # ---- files without a fingerprint: hints, no facts
 
 _CAFFE = {
@@ -553,12 +484,6 @@ _CAFFE = {
     "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
     "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
     "MODEL.RESNETS.STRIDE_IN_1X1": True,
-}
-_TORCHVISION = {
-    "INPUT.FORMAT": "RGB",
-    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
-    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
-    "MODEL.RESNETS.STRIDE_IN_1X1": False,
 }
 _RESNEXT = {
     "INPUT.FORMAT": "BGR",
@@ -575,11 +500,11 @@ def usual_conventions(content: Dict) -> Tuple[str, Dict]:
     grouped = structure_of(tensors).get("MODEL.RESNETS.NUM_GROUPS", 1) > 1
     caffe_names = any(re.match(r"res2_0_branch2a_w|res_conv1_bn", n) for n in tensors)
     if any(n.startswith("module.encoder_q.") for n in tensors):
-        return 'names like "module.encoder_q." are those of MoCo and its kin', _TORCHVISION
+        return 'names like "module.encoder_q." are those of MoCo and its kin', TORCHVISION
     if any(re.search(r"(^|\.)layer1\.0\.conv1\.", n) for n in tensors):
-        return 'names like "layer1.0.conv1" are those of torchvision', _TORCHVISION
+        return 'names like "layer1.0.conv1" are those of torchvision', TORCHVISION
     if re.search(r"torchvision|moco|densecl|pixpro|soco", author, re.IGNORECASE):
-        return f'the author field says "{author}"', _TORCHVISION
+        return f'the author field says "{author}"', TORCHVISION
     if caffe_names or re.search(r"MSRA|Detectron2 Model Zoo|Caffe2", author):
         why = "Caffe2 names" if caffe_names else f'the author field says "{author}"'
         if grouped:
@@ -592,15 +517,11 @@ def describe_format(content: Dict, cfg) -> List[Finding]:
     """Hints on what a file without fingerprint wants, and where the config says otherwise."""
     tensors = tensors_of(content)
     findings = []
-    for pattern, converter in (
-        (r"module\.encoder_q\.", "MoCo's detection/convert-pretrain-to-detectron2.py"),
-        (r"(.+\.)?layer1\.0\.conv1\.", "Detectron2's tools/convert-torchvision-to-d2.py"),
-    ):
-        found = next((n for n in tensors if re.match(pattern, n)), None)
-        if found:
-            detail = f"Detectron2 does not know names like {found}"
-            findings.append(Finding(FAIL, "names", detail, f"convert the file with {converter}"))
-            break
+    found = next((n for n in tensors if re.search(r"(^|\.)(layer1|4)\.0\.conv1\.weight$", n)), "")
+    if found:
+        detail = f"Detectron2 does not know names like {found}"
+        fix = "convert the file with tools/convert_weights.py"
+        findings.append(Finding(FAIL, "names", detail, fix))
     why, wanted = usual_conventions(content)
     if not why:
         detail = "nothing in the file says which colour order, mean, std and stride it wants"
@@ -614,7 +535,7 @@ def describe_format(content: Dict, cfg) -> List[Finding]:
             if key == "MODEL.PIXEL_MEAN" and np.allclose(get(cfg, key), value, atol=1.0):
                 continue
             detail = f"is {_show(get(cfg, key))}; such files usually want {_show(value)}"
-            fix = f"set {key} {_quoted(value)}, unless you know better"
+            fix = f"set {key} {quoted(value)}, unless you know better"
             findings.append(Finding(WARN, key, detail, fix))
         if len(findings) == before:
             findings.append(Finding(OK, "config", "says the same"))

@@ -16,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 TASKS = ("segm", "bbox")
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
+MOST_AT_ONCE = 2**22  # choices of photos x detections, so that 5000 photos fit in memory
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,14 @@ class Matches:
         Returns:
             B values; NaN where the photos taken show no object.
         """
-        per_category = [
-            self._category_ap(category, weights) for category in range(len(self.objects))
-        ]
+        step = max(1, MOST_AT_ONCE // max(1, len(self.score)))
+        parts = [weights[i : i + step] for i in range(0, len(weights), step)]
+        return np.concatenate([self._ap(part) for part in parts])
+
+    def _ap(self, weights: np.ndarray) -> np.ndarray:
+        per_category = [self._category_ap(c, weights) for c in range(len(self.objects))]
+        known = ~np.isnan(per_category)
         with np.errstate(invalid="ignore"):
-            known = ~np.isnan(per_category)
             return 100 * np.nansum(per_category, axis=0) / known.sum(0)
 
     def _category_ap(self, category: int, weights: np.ndarray) -> np.ndarray:
