@@ -31,6 +31,14 @@ logger = logging.getLogger("d2ssl")
 STOCK_PART = {"bottom_up": ("STEM", "RES"), "fpn": ("FPN",), "box_head": ("BOX_HEAD",)}
 
 
+def versions() -> Dict[str, str]:
+    return {
+        "d2ssl": __version__,
+        "detectron2": detectron2.__version__,
+        "torch": str(torch.__version__),  # its own class would not load with weights_only
+    }
+
+
 def provenance(cfg) -> Dict:
     """How the weights came about, and the conventions they only work under; plain values."""
     pretrain, model = pretrain_cfg(cfg), cfg.MODEL
@@ -42,11 +50,7 @@ def provenance(cfg) -> Dict:
         "iterations": pretrain.SOLVER.MAX_ITER,
         "photos_per_iteration": pretrain.SOLVER.IMS_PER_BATCH,
         "seed": cfg.SEED,
-        "versions": {
-            "d2ssl": __version__,
-            "detectron2": detectron2.__version__,
-            "torch": str(torch.__version__),  # its own class would not load with weights_only
-        },
+        "versions": versions(),
         "config": {key: _plain(get_key(cfg, key)) for key in CONVENTIONS},
     }
 
