@@ -8,6 +8,10 @@ class D2SSLError(ValueError):
     """Bad input: one line that names the thing and the fix."""
 
 
+class Diverged(D2SSLError):
+    """The loss became infinite or NaN: the same run would do so again."""
+
+
 @contextlib.contextmanager
 def exit_on_error():
     """Inside a command: a :class:`D2SSLError` becomes one line on stderr and exit code 2."""

@@ -5,7 +5,7 @@ tools/study.py --config-file configs/study/balloon.yaml --dry-run      the runs,
 tools/study.py --config-file configs/study/balloon.yaml
 tools/study.py --config-file configs/study/balloon.yaml SEEDS 3 SOLVER.MAX_ITER 800
 tools/study.py --config-file configs/study/balloon.yaml --cluster slurm --jobs 16 \\
-    --slurm partition=gpu cpus_per_task=8
+    --slurm partition=gpu --slurm cpus_per_task=8 --slurm mem=16GB
 
 The same command goes on where it was stopped; what is done is not done again. A run that diverged
 is recorded and not tried again, one whose process died is. In the folder of --output:
@@ -20,6 +20,7 @@ pretraining/ARM/seedN/              shared by the runs that start from it
 
 import argparse
 import shlex
+import signal
 import sys
 
 from d2ssl.compat import require_detectron2
@@ -51,15 +52,17 @@ def parse_args(argv=None):
         type=int,
         default=0,
         metavar="N",
-        help="processes at a time (default: one a GPU; on a CPU one a core, as memory allows)",
+        help="processes at a time (default: one a GPU; on a CPU one a core, as memory allows); on "
+        "SLURM, jobs that may be queued",
     )
     parser.add_argument("--cluster", choices=("local", "slurm"), default="local")
     parser.add_argument(
         "--slurm",
-        nargs="+",
+        action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="what each SLURM job asks for, e.g. partition=gpu time=240",
+        help="what each SLURM job asks for, e.g. partition=gpu, mem=16GB, time=600 (minutes; "
+        "default: a day); may be given several times",
     )
     add_register(parser, ", called after those of SSL.REGISTER")
     parser.add_argument(
@@ -74,22 +77,28 @@ def parse_args(argv=None):
     for word in args.slurm:
         if "=" not in word:
             parser.error(f"--slurm {word}: write KEY=VALUE")
+    pairs = (word.split("=", 1) for word in args.slurm)
+    args.slurm = {key: int(value) if value.isdecimal() else value for key, value in pairs}
     return args
 
 
 def main(args, command):
-    from d2ssl.study import conduct
+    from d2ssl.study.conduct import Conductor, launcher
+    from d2ssl.study.plan import read_study
 
-    study = conduct.read(args.config_file, args.opts, args.output, args.register)
-    slurm = dict(word.split("=", 1) for word in args.slurm)
+    slurm = None if args.cluster == "local" else args.slurm
+    study = read_study(
+        args.config_file, args.opts, args.output, args.register, elsewhere=slurm is not None
+    )
     if args.report_only:
-        print(f"Answer: {conduct.report(study, command)}")
+        print(f"Answer: {Conductor(study, command).write()}")
         return
-    launcher = conduct.launcher(study, args.jobs, args.cluster, slurm)
+    jobs = launcher(study, args.jobs, slurm)
+    conductor = Conductor(study, command, jobs.call, jobs.threads)
     if args.dry_run:
-        print(conduct.dry_run(study, launcher))
-        return
-    conduct.run(study, launcher, command)
+        print(conductor.table(jobs.at_once, jobs.threads))
+    else:
+        conductor.run(jobs)
 
 
 def run(argv=None):
@@ -97,6 +106,8 @@ def run(argv=None):
     with exit_on_error():
         require_detectron2()
         words = sys.argv[1:] if argv is None else argv
+        for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the jobs are stopped, too
+            signal.signal(number, signal.default_int_handler)
         try:
             main(args, shlex.join(["tools/study.py", *words]))
         except KeyboardInterrupt:

@@ -33,7 +33,7 @@ from d2ssl.engine.coco import build_evaluator, flatten
 from d2ssl.engine.launch import distribute
 from d2ssl.engine.precision import apply_precision
 from d2ssl.engine.solver import build_optimizer, loaded_rise, main_schedule, named_leaves
-from d2ssl.errors import D2SSLError
+from d2ssl.errors import D2SSLError, Diverged
 from d2ssl.modeling import norm
 from d2ssl.modeling.pretext_model import PretextModel
 from d2ssl.modeling.trunk import part_of
@@ -162,12 +162,12 @@ class Trainer(DefaultTrainer):
         """Run what is left of the training.
 
         Raises:
-            D2SSLError: the loss became infinite or NaN.
+            Diverged: the loss became infinite or NaN.
         """
         try:
             TrainerBase.train(self, self.start_iter, self.max_iter)
         except FloatingPointError as error:
-            raise D2SSLError(
+            raise Diverged(
                 f"{str(error).splitlines()[0]} Lower SOLVER.BASE_LR (SSL.SOLVER.BASE_LR while "
                 "pretraining), or set SOLVER.CLIP_GRADIENTS.ENABLED True"
             ) from error

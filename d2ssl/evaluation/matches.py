@@ -6,7 +6,7 @@ follows from the matches in microseconds. That is what a bootstrap over test pho
 
 import contextlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Dict, Sequence
 
 import numpy as np
@@ -59,11 +59,11 @@ class Matches:
 
     def _category_ap(self, category: int, weights: np.ndarray) -> np.ndarray:
         mine = self.category == category
-        times = weights[:, self.photo[mine]]  # B x D
+        times = weights[:, self.photo[mine]].astype(np.int64)  # B x D
         objects = weights @ self.objects[category]  # B
         # How many of COCO's recalls are reached with h objects found: a row a number of objects.
         numbers, row = np.unique(objects, return_inverse=True)
-        hits = np.arange(times.sum(1).max(initial=0) + 1)
+        hits = np.arange(numbers.max(initial=0) + 1)  # each finds another object
         reached = np.searchsorted(RECALLS, hits / np.maximum(numbers, 1)[:, None], side="right")
         reached = np.pad(reached, ((0, 0), (1, 0)))  # none before the first detection
         total = np.zeros(len(weights))
@@ -82,11 +82,19 @@ class Matches:
 
     def above(self, score: float) -> "Matches":
         """Without the detections below a score. Higher ones match first, so theirs stay."""
-        keep = self.score >= score
-        return Matches(
-            self.photos, self.objects, self.category[keep], self.photo[keep], self.score[keep],
-            self.found[keep], self.ignored[keep],
-        )  # fmt: skip
+        return self._only(self.score >= score)
+
+    def each_photo(self) -> np.ndarray:
+        """AP in percent on every photo alone; NaN where it shows no object."""
+        aps = []
+        for i in range(len(self.photos)):
+            alone = self._only(self.photo == i)
+            aps.append(alone.ap(np.arange(len(self.photos))[None] == i)[0])
+        return np.array(aps)
+
+    def _only(self, keep: np.ndarray) -> "Matches":
+        columns = ("category", "photo", "score", "found", "ignored")
+        return replace(self, **{name: getattr(self, name)[keep] for name in columns})
 
     def counts(self, iou: int = 0) -> Dict[str, int]:
         """Detections that are right and wrong at one of the IoUs (0: 0.5), and all objects."""

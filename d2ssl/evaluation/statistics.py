@@ -33,13 +33,16 @@ class Estimate:
     units: independent repeats behind it: the subsets of labels, or the seeds where there is one
         subset.
     run_sd: standard deviation from unit to unit; None for one unit.
-    photo_se: standard error that is due to the choice of test photos.
+    photo_sd: standard error of one unit that is due to the choice of test photos, as far as it is
+        that unit's own: it shrinks with more units.
+    photo_se: the part of it that all units share, which stays.
     """
 
     mean: float
     draws: np.ndarray
     units: int
     run_sd: Optional[float]
+    photo_sd: float
     photo_se: float
 
     @property
@@ -107,16 +110,18 @@ class Bootstrap:
                 multiplier = sum(self.multipliers(r) for r in runs) / math.sqrt(len(runs))
                 moved += multiplier * (means[unit] - mean)
             draws += moved / math.sqrt(n * (n - 1)) * self._spread(0, n)
-        # Each unit counts alike, as in the mean.
-        by_photo = np.mean(
-            [np.mean([redrawn[r] for r in runs], axis=0) for runs in units.values()], axis=0
-        )
-        by_photo = by_photo - np.nanmean(by_photo)
-        by_photo = np.nan_to_num(by_photo)  # a draw of photos without any object
-        if self.num_photos > 1:
-            by_photo *= math.sqrt(self.num_photos / (self.num_photos - 1))
-            draws += by_photo * self._spread(1, self.num_photos)
-        return Estimate(mean, draws, n, sd, float(by_photo.std()))
+        if self.num_photos == 1:
+            return Estimate(mean, draws, n, sd, 0.0, 0.0)
+        each = np.array([np.mean([redrawn[r] for r in runs], axis=0) for runs in units.values()])
+        each = each - np.nanmean(each, axis=1, keepdims=True)
+        each = np.nan_to_num(each)  # a draw of photos without any object
+        each *= math.sqrt(self.num_photos / (self.num_photos - 1))
+        draws += each.mean(0) * self._spread(1, self.num_photos)
+        # The variance of the mean is what units share, plus what is their own by their number.
+        of_one, of_mean = each.var(axis=1).mean(), each.mean(0).var()
+        shared = max(0.0, (n * of_mean - of_one) / (n - 1)) if n > 1 else of_mean
+        own = max(0.0, of_one - shared)
+        return Estimate(mean, draws, n, sd, math.sqrt(own), math.sqrt(shared))
 
 
 def labels_worth(
@@ -150,38 +155,38 @@ def seeds_needed(
 ) -> Optional[int]:
     """How many units (subsets, or seeds of one subset) it takes to see a difference.
 
-    See: the interval leaves out 0 in 80 of 100 studies if the true difference is ``effect``.
+    See: the interval leaves out 0 in 80 of 100 studies if the true difference is ``effect``. From
+    few units this is itself a rough figure: their standard deviation is.
 
     Returns:
         units in all; None where the variance is unknown (one unit), or where more would not do:
-        the test photos alone leave more doubt than that.
+        what the test photos leave open for all units alike is more than that.
     """
     if estimate.run_sd is None:
         return None
-    for n in range(2, most + 1):
-        error = math.hypot(estimate.run_sd / math.sqrt(n), estimate.photo_se)
-        if (t.ppf((1 + LEVEL) / 2, n - 1) + t.ppf(power, n - 1)) * error <= effect:
-            return n
-    return None
+    n = np.arange(2, most + 1)
+    own = estimate.run_sd**2 + estimate.photo_sd**2
+    error = np.sqrt(own / n + estimate.photo_se**2)
+    enough = (t.ppf((1 + LEVEL) / 2, n - 1) + t.ppf(power, n - 1)) * error <= effect
+    return int(n[enough.argmax()]) if enough.any() else None
 
 
 PAYS, NOT, UNKNOWN = "pays", "does not pay", "cannot tell yet"
 
 
-def verdict(difference: Estimate, control: Optional[Estimate] = None, least: float = 1.0) -> str:
-    """What a paired difference to the baseline says.
+def verdict(difference: Estimate, control: Optional[Estimate], least: float = 1.0) -> str:
+    """What paired differences say of an arm that pretrains.
 
     Args:
-        difference: arm - baseline, in AP.
-        control: arm - the arm that spent the same time on longer fine-tuning, where there is one.
-        least: AP below which a gain would not be worth the trouble.
+        difference: to the same arm without pretraining, in AP.
+        control: to the arm that spent the same time on longer fine-tuning; None: there is none, or
+            it is not finished, so nothing can be claimed yet.
+        least: AP below which a gain is not worth the trouble.
     Returns:
-        ``pays``: above 0 beyond chance, and above the control too; ``does not pay``: less than
-        ``least`` beyond chance, over the baseline or over the control; else ``cannot tell yet``.
+        ``does not pay``: less than ``least`` beyond chance, over the one or over the other;
+        ``pays``: above 0 beyond chance, over both; else ``cannot tell yet``.
     """
-    asked = [e.interval for e in (difference, control) if e is not None]
-    if None in asked:
-        return UNKNOWN
-    if all(low > 0 for low, _ in asked):
-        return PAYS
-    return NOT if any(high < least for _, high in asked) else UNKNOWN
+    known = [e.interval for e in (difference, control) if e is not None and e.interval]
+    if any(high < least for _, high in known):
+        return NOT
+    return PAYS if len(known) == 2 and all(low > 0 for low, _ in known) else UNKNOWN

@@ -3,124 +3,168 @@
 import logging
 import math
 import os
+import re
+import statistics
 import time
-from typing import Dict, Optional
+from typing import Dict, List, Optional
 
 import torch
 from tabulate import tabulate
 
+from d2ssl.errors import D2SSLError
 from d2ssl.study.findings import Results, findings
 from d2ssl.study.jobs import Launcher
 from d2ssl.study.page import write_study
-from d2ssl.study.plan import Run, Study, Task, plan, read_study, recipe_differences
+from d2ssl.study.plan import Pretraining, Run, Study, Task, plan, recipe_differences
 from d2ssl.study.timing import matched_iterations, seconds_of, timings, total
 
-read = read_study
-GIB_A_PROCESS = 4  # Mask R-CNN R50-FPN trains two photos in about 3
-PAGE_EVERY = 300  # seconds, while runs come in
+logger = logging.getLogger("d2ssl")
+
+GIB_A_PROCESS = 4  # Mask R-CNN R50-FPN trains two photos in about 3, without the photos in memory
+PAGE_EVERY = 600  # seconds, while runs come in
 
 
-def launcher(study: Study, jobs: int, cluster: str, slurm: Dict[str, str]) -> Launcher:
+def launcher(study: Study, jobs: int, slurm: Optional[Dict] = None) -> Launcher:
     """
     Args:
         jobs: processes at a time; 0: one a GPU, on a CPU one a core as far as memory goes.
-        slurm: options of SLURM, without their prefix.
+        slurm: options of SLURM; None: processes on this machine.
+
+    Raises:
+        D2SSLError: SLURM without a number of jobs, or what :class:`Launcher` refuses.
     """
-    gpus = range(torch.cuda.device_count())
-    if cluster == "slurm":
-        gpus = range(1) if study.arms[study.baseline].cfg.MODEL.DEVICE != "cpu" else range(0)
-    elif study.arms[study.baseline].cfg.MODEL.DEVICE == "cpu":
-        gpus = range(0)
-    if not jobs:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        by_memory = max(1, int(memory / GIB_A_PROCESS))
-        jobs = len(gpus) or min(os.cpu_count() or 1, by_memory)
-    options = {f"slurm_{key}": value for key, value in slurm.items()}
-    return Launcher(os.path.join(study.output, "jobs"), jobs, gpus, cluster, options)
+    cfg = study.arms[study.baseline].cfg
+    folder, on_cpu = os.path.join(study.output, "jobs"), cfg.MODEL.DEVICE == "cpu"
+    if slurm is not None:
+        if not jobs:
+            raise D2SSLError("--cluster slurm needs --jobs, how many may be queued at a time")
+        return Launcher(folder, jobs, [] if on_cpu else [0], slurm=slurm)
+    if not on_cpu:
+        gpus = _gpus()
+        return Launcher(folder, jobs or len(gpus), gpus)
+    cores = len(os.sched_getaffinity(0))
+    jobs = jobs or max(1, min(cores, int(_memory() / (GIB_A_PROCESS + cfg.SSL.CACHE_GB))))
+    return Launcher(folder, jobs, threads=max(1, cores // jobs))
 
 
-def run(study: Study, launcher: Launcher, command: str) -> None:
-    """Run what is not done yet, telling of each run, and write the page.
+def _gpus() -> List[int]:
+    """Those that this process may use, by the numbers that the machine has for them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not given:
+        return list(range(torch.cuda.device_count()))
+    if not re.fullmatch(r"\d+(,\d+)*", given):
+        raise D2SSLError(f"CUDA_VISIBLE_DEVICES {given}: give numbers, e.g. 0,1")
+    return [int(number) for number in given.split(",")]
+
+
+def _memory() -> float:
+    """GiB of this machine, or of the container."""
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            most = min(most, int(file.read()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        pass
+    return most / 2**30
+
+
+class Conductor:
+    """What the ways to call a study share: its tasks, their results so far, their time.
 
     Args:
+        call: runs a function in a job; None: nothing is to be run.
+        threads: of a process on a CPU.
         command: as the user typed it; it is kept with the results.
     """
-    seconds = timings(study, launcher.call, launcher.threads)
-    tasks = plan(study, matched_iterations(study, seconds))
-    results = {task: task.result() for task in tasks}
-    waiting = [task for task, result in results.items() if result is None]
-    _warn(study)
-    left = _duration(total(waiting, study, seconds, launcher.at_once))
-    print(
-        f"{len(tasks)} tasks, {len(tasks) - len(waiting)} of them done before, "
-        f"{launcher.at_once} at a time; about {left} to go"
-    )
-    written = time.monotonic()
 
-    def tell(task: Task, result: dict) -> None:
-        nonlocal written
-        results[task] = result
-        waiting.remove(task)
-        left = _duration(total(waiting, study, seconds, launcher.at_once))
-        ahead = f"; {len(waiting)} to go, about {left}" if waiting else ""
-        print(f"{task}: {_outcome(result)}{ahead}", flush=True)
-        if time.monotonic() - written > PAGE_EVERY:
-            _write(study, results, seconds, command)
-            written = time.monotonic()
+    def __init__(self, study: Study, command: str, call=None, threads: int = 0):
+        self.study, self.command = study, command
+        for arm, differences in recipe_differences(study).items():
+            for key, (value, other) in differences.items():
+                logger.warning("%s is %s in %s and %s in the arm it is compared with: that is "
+                               "compared, too", key, value, arm, other)  # fmt: skip
+        self.seconds = timings(study, call, threads)
+        self.tasks = plan(study, matched_iterations(study, self.seconds))
+        self.outcomes = {task: task.recorded() for task in self.tasks}
+        self.waiting = [task for task in self.tasks if task.result() is None]
+        self.results = Results(study)
+        for task, result in self.outcomes.items():
+            if result and isinstance(task, Run):
+                self.results.add(result)
 
-    launcher.run(list(waiting), tell)
-    print(f"Answer: {_write(study, results, seconds, command)}")
+    def left(self, at_once: int) -> str:
+        return duration(total(self.waiting, self.study, self.seconds, at_once))
 
+    def table(self, at_once: int, threads: int) -> str:
+        """The runs, one a line, and how long they will take."""
+        rows = []
+        for task in self.tasks:
+            solver = task.cfg.SOLVER if isinstance(task, Run) else task.cfg.SSL.SOLVER
+            time_ = duration(seconds_of(task, self.study, self.seconds))
+            rows.append([str(task), solver.MAX_ITER, time_ if task in self.waiting else "done"])
+        return (
+            tabulate(rows, ["task", "iterations", "time"])
+            + f"\n\n{len(rows)} tasks, {len(self.waiting)} to run, {at_once} at a time: about "
+            + self.left(at_once)
+            + (f", with {threads} thread(s) each." if threads else ".")
+        )
 
-def report(study: Study, command: str) -> str:
-    """Write the page from what is done; its path."""
-    seconds = timings(study, None, 0)
-    tasks = plan(study, matched_iterations(study, seconds))
-    return _write(study, {task: task.result() for task in tasks}, seconds, command)
+    def run(self, jobs: Launcher) -> None:
+        """Run what is not done yet, telling of each run, and write the page."""
+        print(
+            f"{len(self.tasks)} tasks, {len(self.tasks) - len(self.waiting)} of them done before, "
+            f"{jobs.at_once} at a time; about {self.left(jobs.at_once)} to go",
+            flush=True,
+        )
+        written = time.monotonic()
 
+        def tell(task: Task, result: dict) -> None:
+            nonlocal written
+            self.outcomes[task] = result
+            self.waiting.remove(task)
+            if isinstance(task, Run):
+                self.results.add(result)
+            many = len(self.waiting)
+            ahead = f"; {many} to go, about {self.left(jobs.at_once)}" if many else ""
+            print(f"{task}: {_outcome(result)}{ahead}", flush=True)
+            if time.monotonic() - written > PAGE_EVERY:
+                self.write()
+                written = time.monotonic()
 
-def dry_run(study: Study, launcher: Launcher) -> str:
-    """The runs, one a line, and how long they will take here."""
-    seconds = timings(study, launcher.call, launcher.threads)
-    tasks = plan(study, matched_iterations(study, seconds))
-    rows = []
-    for task in tasks:
-        solver = task.cfg.SOLVER if isinstance(task, Run) else task.cfg.SSL.SOLVER
-        time_ = _duration(seconds_of(task, study, seconds))
-        rows.append([str(task), solver.MAX_ITER, "done" if task.result() else time_])
-    waiting = [task for task in tasks if task.result() is None]
-    left = _duration(total(waiting, study, seconds, launcher.at_once))
-    _warn(study)
-    return (
-        tabulate(rows, ["task", "iterations", "time"])
-        + f"\n\n{len(tasks)} tasks, {len(waiting)} to run, {launcher.at_once} at a time: "
-        + f"about {left}"
-        + (f", with {launcher.threads} thread(s) each." if launcher.threads else ".")
-    )
+        try:
+            jobs.run(list(self.waiting), tell)
+        finally:
+            path = self.write()
+        print(f"Answer: {path}")
 
-
-def _write(study: Study, results: Dict[Task, Optional[dict]], seconds, command: str) -> str:
-    runs = [task for task in results if isinstance(task, Run)]
-    found = Results(study, runs, [results[run] for run in runs])
-    return write_study(study, found, findings(study, found), results, seconds, command)
-
-
-def _warn(study: Study) -> None:
-    for key, values in recipe_differences(study).items():
-        shown = ", ".join(f"{value} in {arm}" for arm, value in values.items())
-        logging.getLogger("d2ssl").warning("%s is not the same in all arms: %s", key, shown)
+    def write(self) -> str:
+        """Write the page from what is done; its path."""
+        took: Dict[str, List[float]] = {}
+        for task, result in self.outcomes.items():
+            if isinstance(task, Pretraining) and result and not result["failed"]:
+                took.setdefault(task.key, []).append(result["seconds"])
+        of_arm = {
+            arm: [s for task in self.tasks if isinstance(task, Run) and task.arm == arm
+                  and task.needs for s in took.get(task.needs.key, [])]
+            for arm in self.study.arms
+        }  # fmt: skip
+        means = {arm: statistics.fmean(values) for arm, values in of_arm.items() if values}
+        found = findings(self.study, self.results, means)
+        return write_study(
+            self.study, self.results, found, self.outcomes, self.seconds, self.command
+        )
 
 
 def _outcome(result: dict) -> str:
     if result["failed"]:
         return f"failed: {result['failed']}"
-    time_ = _duration(result["seconds"])
+    time_ = duration(result["seconds"])
     if "ap" not in result:
         return time_
     return f"segm AP {result['ap']['segm']:.1f}, bbox AP {result['ap']['bbox']:.1f}, {time_}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     minutes = round(seconds / 60)

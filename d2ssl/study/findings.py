@@ -1,7 +1,7 @@
 """From the results of the runs to what the study says, as plain values for JSON."""
 
 import math
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 
@@ -15,39 +15,36 @@ from d2ssl.evaluation.statistics import (
     verdict,
 )
 from d2ssl.report.pieces import count
-from d2ssl.study.plan import Run, Study
+from d2ssl.study.plan import Study
 
 THRESHOLDS = [round(0.05 * i, 2) for i in range(1, 20)]  # of the score
 CHANGED_PHOTOS, CHANGED_BY = 6, 5.0  # AP of a photo, at least
 
 
 class Results:
-    """The finished runs of a study, by arm and budget.
+    """The results of a study's runs by arm and budget, as they come in."""
 
-    Args:
-        runs: of the plan.
-        results: of each, None where it is not finished.
-    """
-
-    def __init__(self, study: Study, runs: Sequence[Run], results: Sequence[Optional[dict]]):
+    def __init__(self, study: Study):
         self.study = study
         self.done: Dict[Tuple[str, int], Dict[Tuple, dict]] = {}
-        self.failed: List[dict] = []
-        for run, result in zip(runs, results):
-            if result is None:
-                continue
-            if result["failed"]:
-                self.failed.append(result)
-                continue
-            repeat = (run.subset, run.seed)
-            self.done.setdefault((run.arm, run.budget), {})[repeat] = self._read(result)
-        self.boot = Bootstrap(self.num_photos) if self.done else None
+        self.failed: Dict[Tuple, dict] = {}
+        self.boot: Optional[Bootstrap] = None
         self._redrawn: Dict[Tuple, np.ndarray] = {}
 
-    @staticmethod
-    def _read(result: dict) -> dict:
-        read = {what: Matches.from_json(found) for what, found in result["matches"].items()}
-        return {**result, "matches": read}
+    def add(self, result: dict) -> None:
+        """
+        Args:
+            result: of a run, see :func:`~d2ssl.study.jobs.execute`.
+        """
+        repeat = (result["subset"], result["seed"])
+        if result["failed"]:
+            self.failed[result["arm"], result["budget"], *repeat] = result
+            return
+        self.failed.pop((result["arm"], result["budget"], *repeat), None)  # it was tried again
+        matches = {what: Matches.from_json(found) for what, found in result["matches"].items()}
+        runs = self.done.setdefault((result["arm"], result["budget"]), {})
+        runs[repeat] = {**result, "matches": matches}
+        self.boot = self.boot or Bootstrap(self.num_photos)
 
     @property
     def num_photos(self) -> int:
@@ -89,33 +86,38 @@ class Results:
         return self._redrawn[key]
 
 
-def findings(study: Study, results: Results) -> dict:
+def findings(study: Study, results: Results, pretraining: Mapping[str, float]) -> dict:
     """What can be said so far.
 
+    Args:
+        pretraining: arm -> seconds that one of its pretrainings took, mean over the seeds.
     Returns:
         ``cells``: of each arm and budget, see :func:`_cell`; ``differences``: of each arm and
-        budget to the baseline, see :func:`_difference`; ``curves``, ``sweeps``, ``photos``;
-        ``failed``: the runs that came to nothing; ``answer``: a sentence for each pretraining arm.
+        budget to the baseline, and of arms that pretrain to the same without, see
+        :func:`_difference`; ``curves``, ``sweeps``, ``photos``; ``failed``: the runs that came to
+        nothing; ``answer``: a sentence for each arm that pretrains and each budget.
     """
-    if not results.done:
-        empty: dict = {"cells": [], "differences": [], "curves": [], "sweeps": [], "photos": []}
-        return {**empty, "failed": results.failed, "answer": []}
-    places = [(arm, budget) for budget in study.budgets for arm in study.arms]
-    known = [place for place in places if results.runs(*place)]
-    differences = [
-        _difference(study, results, arm, budget)
-        for arm, budget in known
-        if arm != study.baseline and results.difference(arm, study.baseline, budget, "segm")
-    ]
+    known = [(arm, budget) for budget in study.budgets for arm in study.arms
+             if results.runs(arm, budget)]  # fmt: skip
+    pairs = [(arm, other, budget) for arm, budget in known for other in _others(study, arm)]
+    differences = [_difference(study, results, *pair) for pair in pairs]
+    differences = [d for d in differences if d]
     return {
-        "cells": [_cell(results, *place) for place in known],
+        "cells": [{**_cell(results, a, b), "pretraining": pretraining.get(a, 0.0)}
+                  for a, b in known],
         "differences": differences,
         "curves": [{"arm": a, "budget": b, "points": _curve(results, a, b)} for a, b in known],
         "sweeps": [{"arm": a, "budget": b, "points": _sweep(results, a, b)} for a, b in known],
         "photos": _changed_photos(study, results),
-        "failed": results.failed,
-        "answer": answer(study, differences),
-    }
+        "failed": list(results.failed.values()),
+        "answer": [sentence(study, d) for d in differences if d["verdict"]],
+    }  # fmt: skip
+
+
+def _others(study: Study, arm: str) -> List[str]:
+    """Whom an arm is compared with: the same without pretraining, and the baseline."""
+    others = [study.without(study.arms[arm])] if study.arms[arm].pretrains else []
+    return [other for other in dict.fromkeys([*others, study.baseline]) if other != arm]
 
 
 def _plain(estimate: Estimate, least: float = -100.0) -> dict:
@@ -125,61 +127,76 @@ def _plain(estimate: Estimate, least: float = -100.0) -> dict:
         "mean": estimate.mean,
         "interval": ends and [max(ends[0], least), min(ends[1], 100.0)],
         "run_sd": estimate.run_sd,
+        "photo_sd": estimate.photo_sd,
         "photo_se": estimate.photo_se,
         "units": estimate.units,
     }
 
 
 def _cell(results: Results, arm: str, budget: int) -> dict:
-    runs = results.runs(arm, budget).values()
+    runs = list(results.runs(arm, budget).values())
     return {
         "arm": arm,
         "budget": budget,
         "runs": len(runs),
-        "iterations": [r["iterations"] for r in runs][0],
+        "iterations": runs[0]["iterations"],
         "seconds": float(np.mean([r["seconds"] for r in runs])),
         **{what: _plain(results.ap(arm, budget, what), 0.0) for what in TASKS},
     }
 
 
-def _difference(study: Study, results: Results, arm: str, budget: int) -> dict:
-    """An arm against the baseline, and, where it pretrains, against the arm that spent the same
-    time on fine-tuning.
+def _difference(
+    study: Study, results: Results, arm: str, other: str, budget: int
+) -> Optional[dict]:
+    """An arm against another; None without a repeat that both have finished.
 
     Returns:
-        arm, budget; ``segm``, ``bbox``: mean, interval, run_sd, photo_se, units; ``control``: the
-        same in segm AP and the control's name, None without one; ``verdict``; ``more``: repeats
-        that it would take on top of these to see ``study.effect``, None where that is not known
-        or no number would do; ``worth``: [labels, low, high], see :func:`_worth`.
+        arm, against, budget; ``segm``, ``bbox``: mean, interval, run_sd, photo_sd, photo_se, units;
+        ``failed``: how many of the arm's repeats did; and, where the other is the same without
+        pretraining, else None: ``control``: segm as above against the arm that spent the same time
+        on fine-tuning, and its name (no mean while it is not finished); ``verdict``; ``more``:
+        repeats that it would take on top of these to see ``study.effect``, None where that is not
+        known or no number would do; ``worth``, see :func:`_worth`.
     """
-    both = {what: results.difference(arm, study.baseline, budget, what) for what in TASKS}
-    controls = [a.name for a in study.arms.values() if a.matched == arm]
-    control = controls and results.difference(arm, controls[0], budget, "segm")
+    both = {what: results.difference(arm, other, budget, what) for what in TASKS}
+    if not both["segm"]:
+        return None
+    failed = sum(key[:2] == (arm, budget) for key in results.failed)
+    found = {"arm": arm, "against": other, "budget": budget, "failed": failed,
+             **{what: _plain(estimate) for what, estimate in both.items()},
+             "control": None, "verdict": None, "more": None, "worth": None}  # fmt: skip
+    if not study.arms[arm].pretrains or other != study.without(study.arms[arm]):
+        return found
+    name = study.control(study.arms[arm])
+    control = results.difference(arm, name, budget, "segm") if name else None
     needed = seeds_needed(both["segm"], study.effect)
     return {
-        "arm": arm,
-        "budget": budget,
-        **{what: _plain(estimate) for what, estimate in both.items()},
-        "control": {"arm": controls[0], **_plain(control)} if control else None,
-        "verdict": verdict(both["segm"], control or None, study.least),
+        **found,
+        "control": name and {"arm": name, **(_plain(control) if control else {})},
+        "verdict": verdict(both["segm"], control, study.least),
         "more": None if needed is None else max(0, needed - both["segm"].units),
-        "worth": _worth(study, results, arm, budget),
+        "worth": _worth(study, results, arm, other, budget),
     }
 
 
-def _worth(study: Study, results: Results, arm: str, budget: int) -> Optional[List]:
-    """[labels, low, high] that the baseline needs for the arm's segm AP; 0: fewer than the
-    smallest budget, None: more than the largest. None in all where it has but one budget."""
-    budgets = [b for b in study.budgets if results.runs(study.baseline, b)]
+def _worth(study: Study, results: Results, arm: str, other: str, budget: int) -> Optional[dict]:
+    """How many labels the other arm needs for the arm's segm AP.
+
+    Returns:
+        ``labels``: [number, low, high], the last two where there is an interval; ``between``: the
+        smallest and the largest budget of the other arm. A number of 0 is fewer than the smallest,
+        None more than the largest. None in all where the other has but one budget.
+    """
+    budgets = [b for b in study.budgets if results.runs(other, b)]
     if len(budgets) < 2:
         return None
     own = results.ap(arm, budget, "segm")
-    curve = [results.ap(study.baseline, b, "segm") for b in budgets]
-    middle = labels_worth(np.array([own.mean]), budgets, [[e.mean] for e in curve])[0]
-    values = [middle]
+    curve = [results.ap(other, b, "segm") for b in budgets]
+    values = list(labels_worth(np.array([own.mean]), budgets, [[e.mean] for e in curve]))
     if all(e.units > 1 for e in [own, *curve]):
         values += interval(labels_worth(own.draws, budgets, [e.draws for e in curve]))
-    return [None if math.isinf(v) else float(v) for v in values]
+    labels = [None if math.isinf(v) else float(v) for v in values]
+    return {"labels": labels, "between": [budgets[0], budgets[-1]]}
 
 
 def _curve(results: Results, arm: str, budget: int) -> List[List[float]]:
@@ -212,56 +229,55 @@ def _sweep(results: Results, arm: str, budget: int) -> List[List[float]]:
 
 
 def _changed_photos(study: Study, results: Results) -> List[dict]:
-    """For each pretraining arm, at the budget where it has most runs (of several the smallest):
-    the photos whose segm AP it changed most, up or down, mean over the common runs."""
+    """For each arm that pretrains, at the budget where most repeats are finished (of several the
+    smallest): the photos whose segm AP it changed most against the same without, up or down, mean
+    over the repeats of both."""
     found = []
-    for arm in study.arms.values():
+    for name, arm in study.arms.items():
+        other = study.without(arm)
         common = {
-            b: sorted(
-                set(results.runs(arm.name, b)) & set(results.runs(study.baseline, b)), key=str
-            )
-            for b in study.budgets
-        }
+            budget: sorted(set(results.runs(name, budget)) & set(results.runs(other, budget)),
+                           key=str)
+            for budget in study.budgets
+        }  # fmt: skip
         budget = max(study.budgets, key=lambda b: len(common[b]))
-        if arm.pretrains and arm.name != study.baseline and common[budget]:
-            found += _of_arm(study, results, arm.name, budget, common[budget])
+        if not arm.pretrains or other == name or not common[budget]:
+            continue
+        before, after = (
+            np.mean([results.runs(a, budget)[r]["matches"]["segm"].each_photo()
+                     for r in common[budget]], axis=0)
+            for a in (other, name)
+        )  # fmt: skip
+        first = common[budget][0]
+        photos = results.runs(name, budget)[first]["matches"]["segm"].photos
+        change = np.nan_to_num(np.abs(after - before))
+        most = np.argsort(-change, kind="stable")[:CHANGED_PHOTOS]
+        most = sorted(most, key=lambda i: before[i] - after[i])
+        found += [
+            {
+                "arm": name, "against": other, "budget": budget, "repeat": list(first),
+                "photo": photos[i], "before": float(before[i]), "after": float(after[i]),
+            }
+            for i in most
+            if change[i] >= CHANGED_BY
+        ]  # fmt: skip
     return found
 
 
-def _of_arm(study: Study, results: Results, arm: str, budget: int, repeats: List) -> List[dict]:
-    each = np.eye(results.num_photos, dtype=int)
-    before, after = (
-        np.mean([results.runs(a, budget)[r]["matches"]["segm"].ap(each) for r in repeats], axis=0)
-        for a in (study.baseline, arm)
-    )
-    photos = results.runs(arm, budget)[repeats[0]]["matches"]["segm"].photos
-    change = np.nan_to_num(np.abs(after - before))
-    most = sorted(
-        np.argsort(-change, kind="stable")[:CHANGED_PHOTOS], key=lambda i: before[i] - after[i]
-    )
-    return [
-        {
-            "arm": arm, "budget": budget, "photo": photos[i],
-            "before": float(before[i]), "after": float(after[i]), "repeat": list(repeats[0]),
-        }
-        for i in most
-        if change[i] >= CHANGED_BY
-    ]  # fmt: skip
+# ---- in words
 
 
-def answer(study: Study, differences: Sequence[dict]) -> List[str]:
-    """A sentence for each pretraining arm and budget, the plainest that the numbers allow."""
-    sentences = []
-    for d in differences:
-        arm = study.arms[d["arm"]]
-        if not arm.pretrains:
-            continue
-        sentences.append(
-            f"{d['arm']} with {d['budget']} labels: {d['verdict']}. {describe_gain(d['segm'])} "
-            f"over {study.baseline}{_describe_control(d)}; {_describe_worth(study, d)}"
-            f"{describe_power(study, d)}"
-        )
-    return sentences
+def sentence(study: Study, difference: dict) -> str:
+    """The plainest answer that the numbers allow, for an arm that pretrains and a budget."""
+    d = difference
+    worth, failed = describe_worth(d["worth"]), d["failed"]
+    parts = [
+        f"{d['arm']} with {d['budget']} labels: {d['verdict']}. {gain(d['segm'])} segm AP over "
+        f"{d['against']}, {_describe_control(d)}",
+        f"its {d['budget']} labels do what {worth} do without it" if worth else "",
+        f"{count(failed, 'run')} of its own failed" if failed else "",
+    ]
+    return "; ".join(filter(None, parts)) + f". {describe_power(study, d)}"
 
 
 def signed(value: float) -> str:
@@ -269,44 +285,48 @@ def signed(value: float) -> str:
     return f"{round(value, 1) + 0.0:+.1f}"
 
 
-def describe_gain(estimate: dict) -> str:
-    gain = f"{signed(estimate['mean'])} segm AP"
+def gain(estimate: dict) -> str:
+    """A difference with its interval."""
     if estimate["interval"] is None:
-        return f"{gain} (one repeat, so no interval)"
-    low, high = estimate["interval"]
-    return f"{gain} [{signed(low)}, {signed(high)}]"
+        return f"{signed(estimate['mean'])} (one repeat, so no interval)"
+    low, high = map(signed, estimate["interval"])
+    return f"{signed(estimate['mean'])} [{low}, {high}]"
 
 
 def _describe_control(difference: dict) -> str:
     control = difference["control"]
     if not control:
-        return " (no compute-matched arm: longer fine-tuning might have done the same)"
-    return f", {describe_gain(control)} over {control['arm']}"
+        return "but there is no compute-matched arm: longer fine-tuning might have done the same"
+    if "mean" not in control:
+        return f"but {control['arm']}, its control, is not finished"
+    return f"{gain(control)} over {control['arm']}"
 
 
-def describe_labels(study: Study, labels: Optional[float]) -> str:
-    if labels is None:
-        return f"more than {study.budgets[-1]}"
-    return f"fewer than {study.budgets[0]}" if labels == 0 else f"{labels:.0f}"
+def describe_worth(worth: Optional[dict]) -> str:
+    """A number of labels with its interval; empty where it is not known."""
+    if worth is None:
+        return ""
+    low, high = worth["between"]
 
+    def words(labels: Optional[float]) -> str:
+        if labels is None:
+            return f"more than {high}"
+        return f"fewer than {low}" if labels == 0 else f"{labels:.0f}"
 
-def _describe_worth(study: Study, difference: dict) -> str:
-    if difference["worth"] is None:
-        return "what that is worth in labels needs a second budget. "
-    middle, *ends = (describe_labels(study, labels) for labels in difference["worth"])
-    between = f" [{ends[0]}, {ends[1]}]" if ends else ""
-    return f"its {difference['budget']} labels do what {middle}{between} do without it. "
+    middle, *ends = map(words, worth["labels"])
+    return middle + (f" [{ends[0]}, {ends[1]}]" if ends else "")
 
 
 def describe_power(study: Study, difference: dict) -> str:
     """How many repeats more it would take to see the effect that the study asks about."""
     budget, more, segm = difference["budget"], difference["more"], difference["segm"]
     what = f"a difference of {study.effect:g} AP"
-    repeat = "subset" if study.unit(budget, study.subsets[0], 0) in study.subsets else "seed"
+    several = len(study.subsets) > 1
+    repeat = ("subset" if budget < study.total else "run") if several else "seed"
     if segm["run_sd"] is None:
         return f"How many {repeat}s it takes to see {what} is unknown from one."
     if more is None:
-        return f"No number of {repeat}s would show {what}: the test photos are too few."
+        return f"No number of {repeat}s would show {what}: what the test photos leave open is more."
     if more == 0:
         return f"{segm['units']} {repeat}s are enough to see {what}."
-    return f"{count(more, f'more {repeat}')} would be needed to see {what}."
+    return f"About {count(more, f'more {repeat}')} would be needed to see {what}."

@@ -4,10 +4,12 @@ A task's outcome is in its folder, ``result.json``; so nothing is lost when the 
 and what is done is not done again. submitit starts the processes here, or hands them to SLURM.
 """
 
+import fcntl
 import json
 import logging
 import os
 import statistics
+import subprocess
 import time
 from typing import Callable, Dict, List, Optional, Sequence
 
@@ -21,13 +23,13 @@ from d2ssl import pipeline
 from d2ssl.atomic import atomic_open
 from d2ssl.config import finetune_cfg, pretrain_cfg
 from d2ssl.data.datasets.files import read_json
-from d2ssl.errors import D2SSLError
+from d2ssl.errors import D2SSLError, Diverged
 from d2ssl.evaluation.matches import TASKS, match
 from d2ssl.report.pictures import predictions_file
 from d2ssl.report.plots import read_metrics, series
 from d2ssl.study.plan import Pretraining, Run, Task
 
-MINUTES = 7 * 24 * 60  # a job may take; SLURM wants less or more by its own option
+MINUTES = 24 * 60  # a job may take; what SLURM stops goes on with the next command
 POLL = 0.2  # seconds between two looks at the running jobs
 
 
@@ -35,14 +37,15 @@ POLL = 0.2  # seconds between two looks at the running jobs
 
 
 def execute(task: Task, threads: int = 0) -> dict:
-    """Do a task and keep its result; a failure that is the run's own is a result, too.
+    """Do a task and keep its result; a failure is a result, too.
 
     Args:
         threads: of PyTorch on a CPU; 0: as it likes.
     Returns:
-        what ``result.json`` holds: ``key``, ``failed`` (None, or why there is nothing else), and
+        what ``result.json`` holds: ``key``; ``device``; ``failed``, None, or why there is nothing
+        else; ``final``, whether there is no use in trying again; and
 
-        - of pretraining: ``iterations``, ``seconds``;
+        - of pretraining: arm, seed; ``iterations``, ``seconds``;
         - of a run: arm, budget, subset, seed; ``iterations``, ``seconds``; ``ap`` {segm, bbox} in
           percent; ``matches`` {segm, bbox}, see :meth:`~d2ssl.evaluation.matches.Matches.to_json`;
           ``curve``: [iteration, segm AP, bbox AP] on the dev photos.
@@ -50,14 +53,40 @@ def execute(task: Task, threads: int = 0) -> dict:
     if threads:
         torch.set_num_threads(threads)
     os.makedirs(task.folder, exist_ok=True)
-    cfg = pipeline.set_up(task.cfg)
+    with open(os.path.join(task.folder, "lock"), "w") as lock:
+        # A process of an earlier command may be at it: jobs outlive what started them.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return task.result() or _execute(task)
+
+
+def _execute(task: Task) -> dict:
+    cfg = pipeline.set_up(with_device(task.cfg))
+    work = _pretrain if isinstance(task, Pretraining) else _finetune
+    result = {**_identity(task), "device": device_name(cfg), "failed": None, "final": True}
     try:
-        result = _pretrain(task, cfg) if isinstance(task, Pretraining) else _finetune(task, cfg)
+        result.update(work(task, cfg))
     except D2SSLError as error:
         logging.getLogger("d2ssl").error("%s", error)
-        result = {**_identity(task), "failed": str(error)}
+        result.update(failed=str(error), final=isinstance(error, Diverged))
+        _remove_weights(task.folder)
     _keep(task, result)
     return result
+
+
+def with_device(cfg):
+    """The config on this machine, which need not be the one where the study was typed."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    return cfg
+
+
+def device_name(cfg) -> str:
+    if cfg.MODEL.DEVICE.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} thread(s)"
 
 
 def _identity(task: Task) -> dict:
@@ -75,11 +104,8 @@ def _keep(task: Task, result: dict) -> None:
 def _pretrain(task: Pretraining, cfg) -> dict:
     stage = pretrain_cfg(cfg)
     pipeline.pretrain(cfg, resume=_goes_on(task))
-    seconds = _seconds(stage)
     _remove_weights(stage.OUTPUT_DIR, keep=os.path.basename(task.weights))
-    return {
-        **_identity(task), "failed": None, "iterations": stage.SOLVER.MAX_ITER, "seconds": seconds
-    }  # fmt: skip
+    return {"iterations": stage.SOLVER.MAX_ITER, "seconds": _seconds(stage)}
 
 
 def _finetune(task: Run, cfg) -> dict:
@@ -89,17 +115,14 @@ def _finetune(task: Run, cfg) -> dict:
     predictions = read_json(predictions_file(stage))
     matches = {what: match(truth, predictions, what) for what in TASKS}
     everything = np.ones((1, len(truth.getImgIds())), int)
-    result = {
-        **_identity(task),
-        "failed": None,
+    _remove_weights(stage.OUTPUT_DIR)  # hundreds of MB, in every run
+    return {
         "iterations": stage.SOLVER.MAX_ITER,
         "seconds": _seconds(stage),
         "ap": {what: float(found.ap(everything)[0]) for what, found in matches.items()},
         "curve": _curve(stage),
         "matches": {what: found.to_json() for what, found in matches.items()},
     }
-    _remove_weights(stage.OUTPUT_DIR)  # hundreds of MB, in every run
-    return result
 
 
 def _goes_on(task: Task) -> bool:
@@ -145,9 +168,13 @@ class Launcher:
     Args:
         folder: where submitit keeps its files, and what the processes print.
         at_once: processes at a time.
-        gpus: indices of GPUs to be given to the processes in turn; none on a CPU.
-        cluster: "local", or "slurm": then each job asks for a GPU if ``gpus`` are given.
-        options: of submitit's executor, e.g. {"slurm_partition": "gpu"}.
+        gpus: GPUs of this machine, given to the processes in turn; on SLURM only whether there are
+            any, one for each job.
+        threads: of each process on a CPU; 0: as PyTorch likes.
+        slurm: options of SLURM without their prefix, e.g. {"partition": "gpu"}; None: processes on
+            this machine.
+    Raises:
+        D2SSLError: SLURM is not there, or does not know an option.
     """
 
     def __init__(
@@ -155,26 +182,45 @@ class Launcher:
         folder: str,
         at_once: int,
         gpus: Sequence[int] = (),
-        cluster: str = "local",
-        options: Optional[Dict] = None,
+        threads: int = 0,
+        slurm: Optional[Dict] = None,
     ):
-        self.folder, self.at_once, self.cluster = folder, at_once, cluster
-        self.free = [g for _ in range(-(-at_once // max(1, len(gpus)))) for g in gpus]
-        on_cpu = cluster == "local" and not gpus
-        self.threads = max(1, (os.cpu_count() or 1) // at_once) if on_cpu else 0
-        self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-        self.executor.update_parameters(
-            name="d2ssl", timeout_min=MINUTES, gpus_per_node=1 if gpus else 0, **(options or {})
-        )
+        self.at_once, self.threads = at_once, threads
+        self.free = list(gpus) * -(-at_once // max(1, len(gpus))) if slurm is None else []
+        each = {"gpus_per_node": 1 if gpus else 0}
+        try:
+            if slurm is None:  # not AutoExecutor, which cannot say which GPU
+                self.executor = submitit.LocalExecutor(folder)
+                self.executor.update_parameters(timeout_min=MINUTES, **each)
+            else:
+                self.executor = submitit.AutoExecutor(folder, cluster="slurm")
+                slurm = {"time": MINUTES, "job_name": "d2ssl", **slurm}
+                options = {f"slurm_{key}": value for key, value in slurm.items()}
+                self.executor.update_parameters(**{**each, **options})
+        except (NameError, RuntimeError, AssertionError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise D2SSLError(f"--cluster slurm: {reason}") from error
+
+        if slurm is not None and subprocess.run(["sacct", "-X"], capture_output=True).returncode:
+            logging.getLogger("d2ssl").warning(
+                "sacct does not work here: a job that SLURM stops is waited for until you press "
+                "Ctrl-C; the same command tries it again"
+            )
 
     def call(self, function: Callable, *args):
-        """Run one function in a job and return what it returns."""
+        """Run one function in a job and return what it returns.
+
+        Raises:
+            D2SSLError: it failed, or its process died.
+        """
         job, gpu = self._submit(function, *args)
         try:
             return job.result()
-        except submitit.core.utils.FailedJobError as error:
+        except submitit.core.utils.UncompletedJobError as error:
             raise D2SSLError(f"a job failed: {last_words(job)}; see {job.paths.stderr}") from error
         finally:
+            if not job.done():  # Ctrl-C
+                job.cancel()
             self._release(gpu)
 
     def run(self, tasks: Sequence[Task], tell: Callable[[Task, dict], None]) -> None:
@@ -201,14 +247,18 @@ class Launcher:
                         running[task] = self._submit(execute, task, self.threads)
                 time.sleep(POLL)
         finally:
-            for job, _ in running.values():  # on Ctrl-C
+            for job, _ in running.values():  # Ctrl-C
                 job.cancel()
 
     def _submit(self, function: Callable, *args):
         gpu = self.free.pop(0) if self.free else None
-        if gpu is not None and self.cluster == "local":
+        if gpu is not None:
             self.executor.update_parameters(visible_gpus=(gpu,))
-        return self.executor.submit(function, *args), gpu
+        try:
+            return self.executor.submit(function, *args), gpu
+        except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+            reason = " ".join(str(error).split())[-300:]
+            raise D2SSLError(f"--cluster slurm: a job was refused: {reason}") from error
 
     def _release(self, gpu: Optional[int]) -> None:
         if gpu is not None:
@@ -216,26 +266,31 @@ class Launcher:
 
 
 def _outcome(task: Task, job) -> dict:
-    return task.result() or _failed(task, f"its process died: {last_words(job)}", died=True)
+    try:
+        return job.result()
+    except submitit.core.utils.UncompletedJobError:
+        # What it kept before it ended so counts all the same.
+        return task.result() or _failed(task, f"its process died: {last_words(job)}", False)
 
 
 def _without_needs(task: Run) -> Optional[dict]:
     """The result of a run whose pretraining came to nothing; None where it is there."""
-    found = task.needs.result()
+    found = task.needs.recorded()
     if found and not found["failed"]:
         return None
-    why = found["failed"] if found else "its process died"
-    return _failed(task, f"{task.needs} failed: {why}", died=not found)
+    why = found["failed"] if found else "it left no result"
+    return _failed(task, f"{task.needs} failed: {why}", bool(found) and found["final"])
 
 
-def _failed(task: Task, why: str, **more) -> dict:
-    result = {**_identity(task), "failed": why, **more}
+def _failed(task: Task, why: str, final: bool) -> dict:
+    result = {**_identity(task), "device": "", "failed": why, "final": final}
     os.makedirs(task.folder, exist_ok=True)
     _keep(task, result)
     return result
 
 
 def last_words(job) -> str:
-    """The last line that a job's process printed to stderr."""
+    """The last line that a job's process, rather than SLURM, printed to stderr."""
     lines = [line for line in (job.stderr() or "").splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("srun: ")] or lines
     return lines[-1].strip() if lines else "it said nothing"

@@ -22,11 +22,12 @@ from d2ssl.evaluation.matches import TASKS
 from d2ssl.report import pieces
 from d2ssl.report.pictures import draw_objects, predictions_file, read_predictions
 from d2ssl.study import plots
-from d2ssl.study.findings import Results, describe_labels, signed
+from d2ssl.study.findings import Results, describe_worth, gain, signed
 from d2ssl.study.plan import Run, Study, Task, recipe_differences
 
 SIDE = 300  # of a picture, the longer one, in pixels
 SURE = 0.5  # predictions below it are not drawn
+FEW_PHOTOS = 200  # of the test: up to here study.json holds what each detection matched
 COLUMNS = (
     "arm",
     "budget",
@@ -52,8 +53,8 @@ def write_study(
 
     Args:
         found: see :func:`~d2ssl.study.findings.findings`.
-        outcomes: of each task, None where it is not done.
-        seconds: of each arm, see :func:`~d2ssl.study.timing.measure`.
+        outcomes: of each task, None where it was not run.
+        seconds: of each arm, see :func:`~d2ssl.study.timing.timings`.
         command: that was typed.
     Returns:
         path of the page.
@@ -62,8 +63,11 @@ def write_study(
     runs = [task for task in outcomes if isinstance(task, Run)]
     known = [outcomes[run] for run in runs if outcomes[run]]
     about = describe(study, outcomes, seconds, command)
+    kept = known
+    if results.done and results.num_photos > FEW_PHOTOS:  # each run's own file has them
+        kept = [{k: v for k, v in run.items() if k != "matches"} for run in known]
     files: Dict[str, bytes] = {
-        "study.json": json.dumps({**about, **found, "runs": known}, allow_nan=False).encode(),
+        "study.json": json.dumps({**about, **found, "runs": kept}, allow_nan=False).encode(),
         "runs.csv": _csv(known).encode(),
     }
     if found["cells"]:
@@ -78,7 +82,7 @@ def write_study(
 
 def describe(study: Study, outcomes, seconds, command: str) -> dict:
     """What was asked and where it ran."""
-    on_gpu = study.arms[study.baseline].cfg.MODEL.DEVICE.startswith("cuda")
+    devices = {result["device"]: None for result in outcomes.values() if result}
     return {
         "command": command,
         "versions": {
@@ -87,7 +91,7 @@ def describe(study: Study, outcomes, seconds, command: str) -> dict:
             "PyTorch": str(torch.__version__),
             "Python": platform.python_version(),
         },
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "device": "; ".join(filter(None, devices)),
         "baseline": study.baseline,
         "train": study.train,
         "test": study.test,
@@ -107,8 +111,8 @@ def describe(study: Study, outcomes, seconds, command: str) -> dict:
             for name, arm in study.arms.items()
         },
         "recipe_differences": {
-            key: {arm: _plain(value) for arm, value in values.items()}
-            for key, values in recipe_differences(study).items()
+            arm: {key: list(map(_plain, pair)) for key, pair in differences.items()}
+            for arm, differences in recipe_differences(study).items()
         },
         "pretrainings": [
             result for task, result in outcomes.items() if result and not isinstance(task, Run)
@@ -156,11 +160,11 @@ def _sections(study: Study, results: Results, found: dict, about: dict, runs) ->
         pieces.plots([("Masks", plots.plot_efficiency(found["cells"], arms)),
                       ("Boxes", plots.plot_efficiency(found["cells"], arms, what="bbox"))]),
         _ap_table(found),
-        pieces.heading(f"Against {study.baseline}", 2),
+        pieces.heading("With and without", 2),
         _one("Paired difference",
-             plots.plot_differences(found["differences"], arms, study.baseline)),
-        _difference_table(study, found),
-        _how_to_read(study, results, found),
+             plots.plot_differences(found["differences"], arms)),
+        _difference_table(found),
+        _how_to_read(study, found),
         _convergence(found, arms),
         _sweep(found, arms),
         _photos(study, found, runs),
@@ -202,11 +206,13 @@ def _facts(study: Study, results: Results, about: dict) -> str:
 def _ap_table(found: dict) -> str:
     rows = [
         [cell["arm"], str(cell["budget"]), str(cell["runs"]), *(_ap(cell[w]) for w in TASKS),
-         str(cell["iterations"]), f"{cell['seconds'] / 60:.1f}"]
+         str(cell["iterations"]), f"{cell['pretraining'] / 60:.1f} + {cell['seconds'] / 60:.1f}"]
         for cell in found["cells"]
     ]  # fmt: skip
     head = ["", "labels", "runs", "segm AP", "bbox AP", "iterations", "minutes"]
-    return pieces.table(head, rows, main=3)
+    return pieces.table(head, rows, main=3) + pieces.line(
+        "minutes: of pretraining, which all budgets of a seed share, and of fine-tuning."
+    )
 
 
 def _ap(estimate: dict) -> str:
@@ -220,65 +226,55 @@ def _one(caption: str, figure: bytes) -> str:
     return f'<div class="one">{pieces.plots([(caption, figure)])}</div>' if figure else ""
 
 
-def _gain(estimate: Optional[dict]) -> str:
-    if estimate is None:
-        return "–"
-    if estimate["interval"] is None:
-        return signed(estimate["mean"])
-    low, high = map(signed, estimate["interval"])
-    return f"{signed(estimate['mean'])} [{low}, {high}]"
-
-
-def _difference_table(study: Study, found: dict) -> str:
+def _difference_table(found: dict) -> str:
     rows = [
         [
-            d["arm"], str(d["budget"]), _gain(d["segm"]), _gain(d["bbox"]), _gain(d["control"]),
-            _worth(study, d["worth"]), _more(d),
-            d["verdict"] if study.arms[d["arm"]].pretrains else "",
+            d["arm"], d["against"], str(d["budget"]), gain(d["segm"]), gain(d["bbox"]),
+            gain(d["control"]) if d["control"] and "mean" in d["control"] else "–",
+            describe_worth(d["worth"]) or "–", _more(d) if d["verdict"] else "",
+            d["verdict"] or "",
         ]
         for d in found["differences"]
     ]  # fmt: skip
-    head = ["", "labels", "segm AP", "bbox AP", "over its control", "worth labels"]
-    return pieces.table([*head, "repeats", "verdict"], rows, main=2)
+    head = ["", "over", "labels", "segm AP", "bbox AP", "segm AP over its control"]
+    return pieces.table([*head, "worth labels", "repeats", "verdict"], rows, main=3)
 
 
 def _more(difference: dict) -> str:
     units, more = difference["segm"]["units"], difference["more"]
     if units == 1:
         return "1, too few"
-    return f"{units}, " + ("enough" if more == 0 else f"{more} more" if more else "no use")
+    return f"{units}, " + ("enough" if more == 0 else f"about {more} more" if more else "no use")
 
 
-def _worth(study: Study, worth: Optional[Sequence]) -> str:
-    if worth is None:
-        return "–"
-    middle, *ends = (describe_labels(study, labels) for labels in worth)
-    return middle + (f" [{ends[0]}, {ends[1]}]" if ends else "")
-
-
-def _how_to_read(study: Study, results: Results, found: dict) -> str:
-    asked = len(found["differences"])
+def _how_to_read(study: Study, found: dict) -> str:
     lines = [
         "Brackets are 95 % intervals over subsets, seeds and test photos. Differences are paired: "
         "the same labels, the same seed, the same photos on both sides.",
-        f"pays: above 0 beyond chance, over the baseline and over the arm that spent the same time "
-        f"on longer fine-tuning. does not pay: less than {study.least:g} AP beyond chance. Else it "
-        "cannot be told yet.",
-        f"repeats: how many there are, and how many more it would take to see a difference of "
-        f"{study.effect:g} AP in 80 of 100 studies; no use: the test photos alone leave too much "
-        "doubt.",
-        f"worth labels: how many the baseline needs for the same AP, read from its curve; only "
-        f"between {study.budgets[0]} and {study.budgets[-1]}.",
+        "pays: above 0 beyond chance, over the same arm without pretraining and over its control, "
+        "which spent the same time on longer fine-tuning. does not pay: less than "
+        f"{study.least:g} AP beyond chance, over the one or the other. Else, and without a "
+        "control, it cannot be told yet.",
+        "worth labels: how many the other arm needs for the same AP, read from its curve between "
+        "its smallest and its largest budget.",
+        "repeats: how many there are, and about how many more it would take to see a difference of "
+        f"{study.effect:g} AP in 80 of 100 studies; no use: what the test photos leave open is "
+        "more than that.",
     ]
     if len(study.subsets) == 1:
         lines.append(
             "There is one subset of labels, so the intervals say what other seeds would give, not "
             "what other labels would."
         )
-    if asked > 1:
+    else:
         lines.append(
-            f"{asked} differences are shown: by chance alone one in twenty such intervals leaves "
-            "out 0."
+            f"Subsets are drawn from the same {study.total} photos: the larger the budget, the "
+            "more they are alike."
+        )
+    if len(found["differences"]) > 1:
+        lines.append(
+            f"{len(found['differences'])} differences are shown: by chance alone one in twenty "
+            "such intervals leaves out 0."
         )
     return "".join(map(pieces.line, lines))
 
@@ -297,21 +293,26 @@ def _convergence(found: dict, arms: Sequence[str]) -> str:
     )
     if not figure:
         return ""
-    rising = [
-        f"{c['arm']} with {c['budget']} labels ({c['points'][-1][1] - c['points'][-2][1]:+.1f})"
-        for c in found["curves"]
-        if len(c["points"]) > 1 and c["points"][-1][1] - c["points"][-2][1] > 1
-    ]
-    text = (
-        f"Still rising by more than 1 AP at the last step: {', '.join(rising)}. A longer schedule "
-        "may change the answer."
+    measured = [c for c in found["curves"] if len(c["points"]) > 1]
+    steps = {f"{c['arm']} with {c['budget']} labels": c["points"][-1][1] - c["points"][-2][1]
+             for c in measured}  # fmt: skip
+    rising = [f"{name} ({signed(step)})" for name, step in steps.items() if step > 1]
+    unknown = {c["budget"] for c in found["curves"]} - {c["budget"] for c in measured}
+    lines = [
+        f"On average still rising by more than 1 AP at the last step: {', '.join(rising)}. A "
+        "longer schedule may change the answer."
         if rising
-        else "No arm rises by more than 1 AP at the last step."
-    )
+        else "On average no arm rises by more than 1 AP at the last step."
+        if measured
+        else "",
+        f"Not known with {', '.join(map(str, sorted(unknown)))} labels: no photo is left for it."
+        if unknown
+        else "",
+    ]
     return (
         pieces.heading("Who converges, and when", 2)
         + _one("On the dev photos, which are in no budget shown here", figure)
-        + pieces.line(text)
+        + "".join(map(pieces.line, filter(None, lines)))
     )
 
 
@@ -334,14 +335,14 @@ def _sweep(found: dict, arms: Sequence[str]) -> str:
 
 
 def _photos(study: Study, found: dict, runs: Sequence[Run]) -> str:
-    """Labels, baseline and arm side by side; only where the predictions are still there."""
+    """Labels, the other arm and the arm side by side; only where the predictions still lie."""
     figures: Dict[str, List[str]] = {}
     metadata = MetadataCatalog.get(study.test)
     photos = {photo["image_id"]: photo for photo in listed(study.test)}
     for change in found["photos"]:
         files = [
             predictions_file(finetune_cfg(run.cfg))
-            for arm in (study.baseline, change["arm"])
+            for arm in (change["against"], change["arm"])
             for run in runs
             if (run.arm, run.budget) == (arm, change["budget"])
             and [run.subset, run.seed] == change["repeat"]
@@ -349,25 +350,24 @@ def _photos(study: Study, found: dict, runs: Sequence[Run]) -> str:
         if not all(map(os.path.isfile, files)):
             continue
         photo = next(iter(decoded(study.test, [photos[change["photo"]]])))
-        image = read_photo(photo["file_name"])
-        found_ = [
+        image, name = read_photo(photo["file_name"]), os.path.basename(photo["file_name"])
+        predicted = [
             read_predictions(file, metadata, SURE).get(photo["image_id"], []) for file in files
         ]
-        columns = [photo.get("annotations", []), *found_]
-        drawn = [draw_objects(image, objects, metadata, SIDE) for objects in columns]
+        drawn = [
+            draw_objects(image, objects, metadata, SIDE)
+            for objects in (photo.get("annotations", []), *predicted)
+        ]
         gap = np.full((drawn[0].shape[0], 8, 3), 128, np.uint8)
         sheet = np.concatenate([drawn[0], gap, drawn[1], gap, drawn[2]], axis=1)
-        caption = (
-            f"{os.path.basename(photo['file_name'])}: segm AP {change['before']:.0f} → "
-            f"{change['after']:.0f}, mean over the repeats"
-        )
-        title = f"{change['arm']} with {change['budget']} labels"
+        caption = f"{name}: segm AP {change['before']:.0f} → {change['after']:.0f}"
+        title = f"{change['against']} → {change['arm']}, {change['budget']} labels"
         figures.setdefault(title, []).append(pieces.figure(sheet, caption))
     if not figures:
         return ""
     out = pieces.heading("The photos that changed most", 2) + pieces.line(
-        f"Labels, {study.baseline}, and the arm; predictions of one repeat with a score of at "
-        "least 50 %."
+        "Labels, the arm without pretraining, and with it: predictions of one repeat with a score "
+        "of at least 50 %. AP of the photo alone, mean over the repeats."
     )
     for title, pictures in figures.items():
         out += pieces.heading(title, 3) + f'<div class="photos">{"".join(pictures)}</div>'
@@ -383,9 +383,12 @@ def _arms(study: Study, about: dict) -> str:
     out = pieces.heading("The arms", 2) + pieces.table(
         ["", "starts from", "pretraining", ""], rows, kind="words"
     )
-    for key, values in about["recipe_differences"].items():
-        shown = ", ".join(f"{value} in {arm}" for arm, value in values.items())
-        out += pieces.line(f"{key} is not the same in all arms: {shown}.")
+    for name, differences in about["recipe_differences"].items():
+        for key, (value, other) in differences.items():
+            out += pieces.line(
+                f"{key} is {value} in {name} and {other} in the arm it is compared with: that is "
+                "compared, too."
+            )
     return out
 
 

@@ -17,6 +17,7 @@
 """
 
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -48,6 +49,14 @@ DEFAULTS = {
     "EFFECT": 3.0,  # AP that the study should be able to see
     "LEAST": 1.0,  # AP below which a gain is not worth the trouble
 }
+TYPES = {
+    str: (str, "a name"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    list: (list, "a list"),
+    dict: (dict, "KEY: VALUE pairs"),
+    "SUBSETS": ((int, list), "a number, or a list"),
+}
 OWN = {
     "SEED": "SEEDS",
     "OUTPUT_DIR": "--output",
@@ -55,6 +64,7 @@ OWN = {
     "SSL.FINETUNE.DEV_DATASET": "DEV",
     "TEST.EVAL_PERIOD": "CURVE_POINTS",
 }
+SEED_STEP = 1000  # between the seeds of one subset
 # What pretraining and its hand-off do not depend on.
 FINETUNE_ONLY = ("SOLVER.", "DATASETS.", "TEST.", "SSL.FINETUNE.", "DATALOADER.SAMPLER_TRAIN")
 # What no result depends on.
@@ -75,12 +85,13 @@ class Arm:
 
     def kind(self, pretraining: bool) -> str:
         """Equal for arms whose iterations, of pretraining or of fine-tuning, take the same time."""
-        skip = ("DATASETS.", "MODEL.WEIGHTS", "SOLVER.MAX_ITER", "SOLVER.STEPS")
-        skip += FINETUNE_ONLY if pretraining else ("SSL.ENABLED",)
-        values = changed(self.cfg).items()
+        skip = ("DATASETS.", "MODEL.WEIGHTS", "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.BASE_LR")
+        skip += tuple(f"SSL.{key}" for key in skip)
+        skip += FINETUNE_ONLY if pretraining else ()
+        values = changed(self.cfg)
         if not pretraining:
             values = _of_finetuning(values)
-        return _key((k, v) for k, v in values if not k.startswith(skip) and "MAX_ITER" not in k)
+        return _key({k: v for k, v in values.items() if not k.startswith(skip)})
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,21 @@ class Study:
     @property
     def test(self) -> str:
         return self.arms[self.baseline].cfg.DATASETS.TEST[0]
+
+    def without(self, arm: Arm) -> str:
+        """The arm that differs from a pretraining one by pretraining alone; else the baseline."""
+        recipe = _of_finetuning(changed(arm.cfg))
+        twins = [
+            other.name
+            for other in self.arms.values()
+            if not (other.pretrains or other.matched)
+            and _of_finetuning(changed(other.cfg)) == recipe
+        ]
+        return self.baseline if self.baseline in twins or not twins else twins[0]
+
+    def control(self, arm: Arm) -> str:
+        """The arm that fine-tunes as long as this one takes in all; "" where there is none."""
+        return next((a.name for a in self.arms.values() if a.matched == arm.name), "")
 
     def labels(self, budget: int, subset: Union[int, str]) -> str:
         """The data set of a budget; the same for all subsets where the budget is everything."""
@@ -145,14 +171,19 @@ class Task:
     def result_file(self) -> str:
         return os.path.join(self.folder, "result.json")
 
-    def result(self) -> Optional[dict]:
-        """What came of it; None if it was not run, with another key, or if its process died."""
+    def recorded(self) -> Optional[dict]:
+        """What came of it under this key, a failure included; None if it was not run."""
         try:
             with open(self.result_file) as file:
                 result = json.load(file)
         except (FileNotFoundError, ValueError):
             return None
-        return result if result["key"] == self.key and not result.get("died") else None
+        return result if result["key"] == self.key else None
+
+    def result(self) -> Optional[dict]:
+        """The same, if there is no use in trying again: it is done, or it diverged."""
+        recorded = self.recorded()
+        return recorded if recorded and recorded["final"] else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +232,11 @@ class Run(Task):
 
 
 def read_study(
-    file: str, opts: Sequence[str] = (), output: str = "", register: Sequence[str] = ()
+    file: str,
+    opts: Sequence[str] = (),
+    output: str = "",
+    register: Sequence[str] = (),
+    elsewhere: bool = False,
 ) -> Study:
     """
     Args:
@@ -210,6 +245,7 @@ def read_study(
             all arms (``SOLVER.MAX_ITER 800``).
         output: folder of the study; default: output/study/<name of the yaml>.
         register: more functions that register data sets, see ``SSL.REGISTER``.
+        elsewhere: it will run on other machines, so that there is no GPU here says nothing.
 
     Raises:
         D2SSLError: a key that does not exist, an arm that is not there, a budget that is larger
@@ -232,7 +268,12 @@ def read_study(
     for name, overlay in asked["ARMS"].items():
         keys = {**common, **_inherited(file, asked["ARMS"], name)}
         matched = keys.pop("COMPUTE_MATCHED", "")
-        arms[name] = Arm(name, _arm_cfg(file, name, base, keys, register), matched)
+        cfg = _arm_cfg(file, name, base, keys, register)
+        if elsewhere:
+            cfg.defrost()
+            cfg.MODEL.DEVICE = keys.get("MODEL.DEVICE", "cuda")
+            cfg.freeze()
+        arms[name] = Arm(name, cfg, matched)
     study = Study(
         arms=arms,
         baseline=asked["BASELINE"],
@@ -266,19 +307,9 @@ def _read(file: str) -> dict:
 
 def _check_types(file: str, asked: Mapping) -> None:
     for key, default in DEFAULTS.items():
-        value, kind = asked[key], type(default)
-        allowed = {float: (int, float), int: (int,), list: (list,), dict: (dict,), str: (str,)}[
-            kind
-        ]
-        if key == "SUBSETS":
-            allowed = (int, list)
-        if not isinstance(value, allowed) or isinstance(value, bool):
-            wanted = {"SUBSETS": "a number, or a list"}.get(
-                key,
-                {float: "a number", int: "a whole number", list: "a list", dict: "KEY: VALUE pairs",
-                 str: "a name"}[kind],
-            )  # fmt: skip
-            raise D2SSLError(f"{file}: {key} {value}: give {wanted}")
+        kinds, words = TYPES["SUBSETS"] if key == "SUBSETS" else TYPES[type(default)]
+        if not isinstance(asked[key], kinds) or isinstance(asked[key], bool):
+            raise D2SSLError(f"{file}: {key} {asked[key]}: give {words}")
 
 
 def _stem(file: str) -> str:
@@ -372,30 +403,34 @@ def _check(file: str, study: Study) -> None:
     require(0 <= study.dev < study.total, f"DEV {study.dev}: {study.train} has {study.total}")
     require(study.curve_points >= 1, "CURVE_POINTS: give 1 or more")
     require(study.test != study.train, "DATASETS.TEST is TRAIN: the photos must be others")
+    for arm in arms.values():
+        require(
+            not arm.pretrains or study.test not in arm.cfg.SSL.DATASETS,
+            f"arm {arm.name}: SSL.DATASETS has the test photos, {study.test}; leave them out",
+        )
 
 
-def recipe_differences(study: Study) -> Dict[str, Dict[str, object]]:
-    """Config keys of fine-tuning that are not the same in all arms: key -> {arm: value}.
+def recipe_differences(study: Study) -> Dict[str, Dict[str, Tuple]]:
+    """What differs in an arm's fine-tuning from the arm that it is compared with.
 
-    Where an arm starts from and how it is pretrained is what a study compares; a difference in
-    these would be compared as well.
+    An arm that pretrains should differ from another by that alone, or more than that is compared;
+    others may start from other weights.
+
+    Returns:
+        arm -> {config key: (its value, the other's value)}; arms without a difference are left out.
     """
-    start = ("MODEL.WEIGHTS", "MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.STRIDE_IN_1X1")
-    skip = ("SSL.", *start, "MODEL.PIXEL_", "INPUT.FORMAT", "OUTPUT_DIR")
-    values = {
-        name: {
-            key: value
-            for key, value in leaves(arm.cfg).items()
-            if key.startswith("SSL.FINETUNE.") or not key.startswith(skip)
+    start = ("MODEL.WEIGHTS", "MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.STRIDE_IN_1X1",
+             "MODEL.PIXEL_", "INPUT.FORMAT")  # fmt: skip
+    found = {}
+    for name, arm in study.arms.items():
+        other = study.arms[study.without(arm) if arm.pretrains else study.baseline]
+        mine, others = (_of_finetuning(leaves(a.cfg)) for a in (arm, other))
+        found[name] = {
+            key: (value, others[key])
+            for key, value in mine.items()
+            if value != others[key] and (arm.pretrains or not key.startswith(start))
         }
-        for name, arm in study.arms.items()
-    }
-    first = values[study.baseline]
-    return {
-        key: {name: found[key] for name, found in values.items()}
-        for key in first
-        if any(found[key] != first[key] for found in values.values())
-    }
+    return {name: differences for name, differences in found.items() if differences}
 
 
 # ---- the runs
@@ -411,7 +446,7 @@ def plan(study: Study, matched_iterations: Mapping[str, int]) -> List[Task]:
     tasks: Dict[str, Task] = {}
     for number, subset in enumerate(study.subsets):
         for k in range(study.seeds):
-            seed = number * study.seeds + k
+            seed = number + SEED_STEP * k  # more subsets or seeds later change none of these
             for budget in study.budgets:
                 for arm in study.arms.values():
                     needs = None
@@ -428,7 +463,7 @@ def _pretraining(study: Study, arm: Arm, seed: int) -> Pretraining:
     cfg = arm.cfg.clone()
     cfg.defrost()
     cfg.SEED = seed
-    key = _key((k, v) for k, v in changed(cfg).items() if not k.startswith(FINETUNE_ONLY))
+    key = _key({k: v for k, v in changed(cfg).items() if not k.startswith(FINETUNE_ONLY)})
     cfg.OUTPUT_DIR = os.path.join(study.output, "pretraining", arm.name, f"seed{seed}")
     # Of these only class names and sizes enter the hand-off, which all budgets share.
     cfg.DATASETS.TRAIN = (study.train,)
@@ -445,8 +480,7 @@ def _run(study, arm: Arm, budget, subset, seed, iterations, needs) -> Run:
     dev = cfg.SSL.FINETUNE.DEV_DATASET
     cfg.TEST.EVAL_PERIOD = -(-iterations // study.curve_points) if dev else 0
     cfg.SSL.ENABLED = False  # that is the other task
-    kept = _of_finetuning(changed(cfg).items())
-    key = _key([*kept, ("pretraining", needs.key if needs else "")])
+    key = _key({**_of_finetuning(changed(cfg)), "pretraining": needs.key if needs else ""})
     if needs:
         cfg.MODEL.WEIGHTS = needs.weights
     place = (arm.name, f"{budget}", f"subset{subset}-seed{seed}")
@@ -455,21 +489,36 @@ def _run(study, arm: Arm, budget, subset, seed, iterations, needs) -> Run:
     return Run(cfg, key, arm.name, budget, subset, needs)
 
 
-def _of_finetuning(values):
-    return [(k, v) for k, v in values if not k.startswith("SSL.") or k.startswith("SSL.FINETUNE.")]
+def _of_finetuning(values: Mapping[str, object]) -> Dict[str, object]:
+    """Those that fine-tuning depends on, besides what it starts from."""
+    return {
+        k: v for k, v in values.items() if not k.startswith("SSL.") or k.startswith("SSL.FINETUNE.")
+    }
 
 
 def with_length(cfg: CfgNode, iterations: int) -> CfgNode:
-    """A copy that fine-tunes for so many iterations; the schedule keeps its shape."""
+    """A copy that fine-tunes for so many iterations; the schedule keeps its shape but for the
+    warmup, which is no share of the length."""
     cfg = cfg.clone()
     cfg.defrost()
-    solver = cfg.SOLVER
+    solver, unfreeze = cfg.SOLVER, cfg.SSL.FINETUNE.UNFREEZE_ITER
     solver.STEPS = tuple(step * iterations // solver.MAX_ITER for step in solver.STEPS)
+    cfg.SSL.FINETUNE.UNFREEZE_ITER = unfreeze * iterations // solver.MAX_ITER
     solver.MAX_ITER = iterations
     cfg.freeze()
     return cfg
 
 
-def _key(values) -> str:
-    values = sorted((k, v) for k, v in values if k not in INCIDENTAL)
-    return hashlib.sha256(json.dumps(values, default=list).encode()).hexdigest()[:16]
+def _key(values: Mapping[str, object]) -> str:
+    values = {k: v for k, v in values.items() if k not in INCIDENTAL}
+    weights = str(values.get("MODEL.WEIGHTS", ""))
+    if os.path.isfile(weights):  # what is in it counts, not where it lies
+        values["MODEL.WEIGHTS"] = _digest(weights, os.stat(weights).st_mtime_ns)
+    text = json.dumps(values, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.lru_cache
+def _digest(path: str, modified: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()

@@ -53,8 +53,8 @@ def plot_efficiency(
         return _file(figure, kind)
 
 
-def plot_differences(differences: Sequence[dict], arms: Sequence[str], baseline: str) -> bytes:
-    """Segm AP over the baseline with its interval, a row a budget and arm; SVG."""
+def plot_differences(differences: Sequence[dict], arms: Sequence[str]) -> bytes:
+    """Segm AP over another arm with its interval, a row a difference; SVG, empty without any."""
     rows = list(reversed(differences))
     if not rows:
         return b""
@@ -67,10 +67,10 @@ def plot_differences(differences: Sequence[dict], arms: Sequence[str], baseline:
             if segm["interval"]:
                 axes.plot(segm["interval"], [y, y], color=color, linewidth=1.6)
             axes.plot(segm["mean"], y, "o", color=color, markersize=5)
-        labels = [f"{row['arm']}, {row['budget']} labels" for row in rows]
+        labels = [f"{r['arm']} over {r['against']}, {r['budget']} labels" for r in rows]
         axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_xlabel(f"segm AP over {baseline}")
+        axes.set_xlabel("difference in segm AP")
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(left=False)
         axes.grid(axis="x", color=GREY, alpha=0.2, linewidth=0.8)

@@ -18,6 +18,8 @@ from d2ssl.atomic import atomic_open, make_folder
 from d2ssl.config import finetune_cfg, pretrain_cfg
 from d2ssl.data.build import build_validation_batches, count_photos
 from d2ssl.engine.trainer import FinetuneTrainer, PretrainTrainer
+from d2ssl.errors import D2SSLError
+from d2ssl.study.jobs import with_device
 from d2ssl.study.plan import Arm, Pretraining, Run, Study, Task
 
 WARM_UP, MEASURED = 2, 5
@@ -38,7 +40,7 @@ def measure(arm: Arm, train: str, pretraining: bool, threads: int) -> Dict[str, 
         cfg.SOLVER.BASE_LR = cfg.SSL.SOLVER.BASE_LR = 1e-6  # whether it diverges is not asked here
         cfg.SSL.ENABLED = pretraining  # what weights fine-tuning starts from does not matter here
         cfg.freeze()
-        cfg = pipeline.set_up(cfg)
+        cfg = pipeline.set_up(with_device(cfg))
         if pretraining:
             return {"iteration": _iteration(PretrainTrainer(pretrain_cfg(cfg)))}
         stage = finetune_cfg(cfg)
@@ -70,7 +72,11 @@ def timings(study: Study, call, threads: int) -> Dict[str, Dict[str, float]]:
     and of a ``photo`` at test; measured where ``timing.json`` does not know it yet.
 
     Args:
-        call: runs a function in a job, :meth:`~d2ssl.study.jobs.Launcher.call`.
+        call: runs a function in a job, :meth:`~d2ssl.study.jobs.Launcher.call`; None: nothing is
+            to be run.
+
+    Raises:
+        D2SSLError: an arm is not known yet, and nothing is to be run.
     """
     path = os.path.join(study.output, "timing.json")
     known: Dict[str, Dict] = {}
@@ -81,6 +87,10 @@ def timings(study: Study, call, threads: int) -> Dict[str, Dict[str, float]]:
     def find(arm: Arm, pretraining: bool) -> Dict[str, float]:
         kind = arm.kind(pretraining)
         if kind not in known:
+            if call is None:
+                raise D2SSLError(
+                    f"{study.output}: {arm.name} was not begun yet; leave --report-only out"
+                )
             print(f"timing {'pretraining' if pretraining else 'fine-tuning'} of {arm.name} ...")
             known[kind] = call(measure, arm, study.train, pretraining, threads)
             make_folder(study.output)

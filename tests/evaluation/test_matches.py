@@ -117,6 +117,12 @@ def test_a_photo_without_objects_alone_has_no_ap(scene):
     assert np.isnan(matches.ap(np.eye(PHOTOS, dtype=int)[2:3]))[0]
 
 
+def test_each_photo_is_what_it_is_alone(scene):
+    content, predictions = scene
+    matches = match(coco(copy.deepcopy(content)), predictions, "bbox")
+    np.testing.assert_allclose(matches.each_photo(), matches.ap(np.eye(PHOTOS, dtype=int)))
+
+
 def test_above_a_score_is_what_fewer_predictions_give(scene):
     content, predictions = scene
     kept = [p for p in predictions if p["score"] >= 0.4]

@@ -41,12 +41,13 @@ def make(write_study, tmp_path):
         keys = {"SUBSETS": 3, "BUDGETS": [3, 6], "DEV": 0, **keys}
         study = read_study(write_study(**keys), output=str(tmp_path / "out"))
         runs = [t for t in plan(study, {"longer": 8}) if isinstance(t, Run)]
-        counted, results = {}, []
+        counted, results = {}, Results(study)
         for run in runs:
             outcomes = table.get((run.arm, run.budget), [])
             i = counted[run.arm, run.budget] = counted.get((run.arm, run.budget), -1) + 1
-            results.append(_result(run, outcomes[i]) if i < len(outcomes) else None)
-        found = findings(study, Results(study, runs, results))
+            if i < len(outcomes):
+                results.add(_result(run, outcomes[i]))
+        found = findings(study, results, {"soco": 30.0})
         json.dumps(found, allow_nan=False)
         return found
 
@@ -69,8 +70,9 @@ def _result(run, outcome):
     }
 
 
-def of(rows, arm, budget):
-    return next(r for r in rows if (r["arm"], r["budget"]) == (arm, budget))
+def of(rows, arm, budget, against="scratch"):
+    return next(r for r in rows if (r["arm"], r["budget"]) == (arm, budget)
+                and r.get("against", against) == against)  # fmt: skip
 
 
 CLEAR = {
@@ -84,6 +86,7 @@ def test_means_and_paired_differences(make):
     cell = of(found["cells"], "soco", 3)
     assert cell["segm"]["mean"] == pytest.approx(np.mean([ap_of(12), ap_of(12), ap_of(13)]))
     assert cell["runs"] == cell["segm"]["units"] == 3
+    assert cell["pretraining"] == 30 and of(found["cells"], "scratch", 3)["pretraining"] == 0
     pairs = [ap_of(12) - ap_of(4), ap_of(12) - ap_of(4), ap_of(13) - ap_of(5)]
     difference = of(found["differences"], "soco", 3)
     assert difference["segm"]["mean"] == pytest.approx(np.mean(pairs))
@@ -97,16 +100,16 @@ def test_a_clear_gain_pays_and_is_worth_the_labels_that_the_baseline_needs(make)
     found = make(CLEAR)
     difference = of(found["differences"], "soco", 3)
     assert difference["verdict"] == PAYS
-    assert difference["worth"][0] == pytest.approx(6)  # the baseline has that AP at 6 labels
+    assert difference["worth"]["labels"][0] == pytest.approx(6)  # where the baseline has that AP
     sentence = found["answer"][0]
-    assert sentence.startswith("soco with 3 labels: pays. +49.5 segm AP [")
+    assert sentence.startswith("soco with 3 labels: pays. +49.5 [")
     assert "its 3 labels do what 6 [" in sentence
 
 
 def test_more_than_the_largest_and_fewer_than_the_smallest_budget(make):
     found = make({**CLEAR, ("soco", 6): [15, 15, 16], ("soco", 3): [1, 1, 1]})
-    assert of(found["differences"], "soco", 6)["worth"][0] is None
-    assert of(found["differences"], "soco", 3)["worth"][0] == 0
+    assert of(found["differences"], "soco", 6)["worth"]["labels"][0] is None
+    assert of(found["differences"], "soco", 3)["worth"]["labels"][0] == 0
     assert "fewer than 3" in found["answer"][0] and "more than 6" in found["answer"][1]
 
 
@@ -119,18 +122,56 @@ def test_no_gain_over_the_control_does_not_pay(make):
     assert "does not pay" in found["answer"][0] and "over longer" in found["answer"][0]
 
 
+def test_without_a_finished_control_nothing_is_claimed(make):
+    of_control = {key: values for key, values in CLEAR.items() if key[0] != "longer"}
+    unfinished = make(of_control)
+    assert of(unfinished["differences"], "soco", 3)["verdict"] == UNKNOWN
+    assert "longer, its control, is not finished" in unfinished["answer"][0]
+    arms = {"scratch": {"SSL.ENABLED": False}, "soco": {}}
+    none = make(of_control, ARMS=arms)
+    assert of(none["differences"], "soco", 3)["verdict"] == UNKNOWN
+    assert "no compute-matched arm" in none["answer"][0]
+
+
+def test_an_arm_is_judged_against_the_same_without_pretraining(make):
+    """Weights from elsewhere are not pretraining's merit."""
+    arms = {
+        "scratch": {"SSL.ENABLED": False},
+        "coco": {"SSL.ENABLED": False, "MODEL.WEIGHTS": "coco.pkl"},
+        "coco+soco": {"MODEL.WEIGHTS": "coco.pkl"},
+        "coco-longer": {"FROM": "coco", "COMPUTE_MATCHED": "coco+soco"},
+    }
+    counts = {"scratch": [4, 4, 5], "coco": [12, 12, 13], "coco+soco": [12, 12, 13],
+              "coco-longer": [12, 13, 13]}  # fmt: skip
+    found = make({(arm, 3): values for arm, values in counts.items()}, ARMS=arms)
+    assert of(found["differences"], "coco+soco", 3)["verdict"] is None
+    own = of(found["differences"], "coco+soco", 3, "coco")
+    assert own["segm"]["mean"] == 0 and own["verdict"] == NOT
+    assert len(found["answer"]) == 1 and "over coco," in found["answer"][0]
+
+
+def test_labels_are_worth_what_was_measured(make):
+    """The baseline at 8 labels is not there yet: more than 6 is all that can be said."""
+    table = {**CLEAR, ("soco", 8): [16, 16, 16], ("soco", 3): [15, 15, 15]}
+    found = make(table, BUDGETS=[3, 6, 8])
+    worth = of(found["differences"], "soco", 3)["worth"]
+    assert worth["between"] == [3, 6] and worth["labels"][0] is None
+    assert "what more than 6 [" in found["answer"][0]
+
+
 def test_what_scatters_cannot_be_told_yet(make):
     found = make({**CLEAR, ("soco", 3): [1, 6, 9]})
     difference = of(found["differences"], "soco", 3)
     assert difference["verdict"] == UNKNOWN
     assert difference["more"] is None or difference["more"] > 3
+    assert "would be needed" in found["answer"][0] or "No number" in found["answer"][0]
 
 
 def test_one_repeat_has_no_interval(make):
     found = make({key: values[:1] for key, values in CLEAR.items()}, SUBSETS=1)
     difference = of(found["differences"], "soco", 3)
     assert difference["segm"]["interval"] is None and difference["verdict"] == UNKNOWN
-    assert len(difference["worth"]) == 1 and "no interval" in found["answer"][0]
+    assert len(difference["worth"]["labels"]) == 1 and "no interval" in found["answer"][0]
 
 
 def test_runs_of_all_labels_are_repeats_though_their_subset_is_the_same(make):
@@ -147,6 +188,8 @@ def test_a_failed_run_is_listed_and_its_pair_left_out(make):
         ("scratch", 1, "the loss became infinite")
     ]
     assert of(found["cells"], "scratch", 3)["runs"] == 2
+    lost = make({**CLEAR, ("soco", 3): [12, "the loss became infinite", 13]})
+    assert "; 1 run of its own failed." in lost["answer"][0]
     pairs = [ap_of(12) - ap_of(4), ap_of(13) - ap_of(5)]
     assert of(found["differences"], "soco", 3)["segm"]["mean"] == pytest.approx(np.mean(pairs))
 

@@ -101,7 +101,9 @@ def test_overrides_of_the_study_and_of_the_config(write_study):
     study = read_study(write_study(), ["BUDGETS", "[2, 4]", "SEEDS", "3", "SOLVER.MAX_ITER", "7"])
     assert study.budgets == [2, 4] and study.seeds == 3
     assert {arm.cfg.SOLVER.MAX_ITER for arm in study.arms.values()} == {7}
-    assert [r.seed for r in runs_of(plan(study, {}))][::6] == [0, 1, 2, 3, 4, 5]
+    # More seeds, or more subsets, change none of the runs that there were.
+    seeds = [r.seed for r in runs_of(plan(study, {}))][::6]
+    assert seeds == [0, 1000, 2000, 1, 1001, 2001]
 
 
 def test_the_first_photos_as_the_only_subset(write_study):
@@ -115,15 +117,41 @@ def test_the_first_photos_as_the_only_subset(write_study):
     assert several.unit(8, 0, 0) != several.unit(8, 0, 1)
 
 
-def test_recipe_differences_are_those_of_fine_tuning(write_study):
+def test_recipe_differences(write_study):
     arms = {
         "scratch": {"SSL.ENABLED": False},
         "soco": {"SSL.SOLVER.BASE_LR": 0.3},
-        "fast": {"SSL.ENABLED": False, "SOLVER.BASE_LR": 0.5},
+        "soco-fast": {"SOLVER.BASE_LR": 0.5},
+        "coco": {"SSL.ENABLED": False, "MODEL.WEIGHTS": "coco.pkl", "MODEL.BACKBONE.FREEZE_AT": 2},
+        "coco+soco": {"MODEL.WEIGHTS": "coco.pkl"},
     }
-    differences = recipe_differences(read_study(write_study(ARMS=arms)))
-    assert list(differences) == ["SOLVER.BASE_LR"]
-    assert differences["SOLVER.BASE_LR"] == {"scratch": 0.02, "soco": 0.02, "fast": 0.5}
+    study = read_study(write_study(ARMS=arms))
+    assert study.without(study.arms["soco"]) == "scratch"
+    assert recipe_differences(study) == {
+        "soco-fast": {"SOLVER.BASE_LR": (0.5, 0.02)},
+        # Like coco but for what it does not freeze: that would be taken for pretraining's merit.
+        "coco+soco": {"MODEL.WEIGHTS": ("coco.pkl", "")},
+    }
+
+
+def test_weights_count_by_what_is_in_them(write_study, tmp_path):
+    def keys(path):
+        arms = {"scratch": {"SSL.ENABLED": False, "MODEL.WEIGHTS": str(path)}}
+        return [t.key for t in plan(read_study(write_study(ARMS=arms)), {})]
+
+    paths = [tmp_path / name for name in ("a.pth", "b.pth", "c.pth")]
+    for path, content in zip(paths, (b"1", b"1", b"2")):
+        path.write_bytes(content)
+    a, b, c = map(keys, paths)
+    assert a == b and not set(a) & set(c)
+
+
+def test_on_slurm_the_gpu_need_not_be_here(write_study):
+    devices = [
+        read_study(write_study(), opts, elsewhere=elsewhere).arms["scratch"].cfg.MODEL.DEVICE
+        for opts, elsewhere in (((), True), (("MODEL.DEVICE", "cpu"), True))
+    ]
+    assert devices == ["cuda", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +170,10 @@ def test_recipe_differences_are_those_of_fine_tuning(write_study):
         ({"ARMS": {"scratch": {"SSL.ENABLD": False}}}, "arm scratch: config key SSL.ENABLD"),
         ({"ARMS": {"scratch": {"FROM": "scratch"}}}, "arm scratch is FROM scratch"),
         ({"ARMS": {"a b": {}}, "BASELINE": "a b"}, "names are folders"),
+        (
+            {"ARMS": {"scratch": {"SSL.DATASETS": ["balloon_demo_val"]}}},
+            "arm scratch: SSL.DATASETS has the test photos, balloon_demo_val",
+        ),
         (
             {"ARMS": {"scratch": {"SSL.ENABLED": False}, "x": {"COMPUTE_MATCHED": "scratch"}}},
             "arm x: COMPUTE_MATCHED scratch: name an arm that pretrains",

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from d2ssl.errors import D2SSLError
+from d2ssl.study import conduct
+from d2ssl.study.jobs import Launcher
+
 REPO = Path(__file__).resolve().parents[2]
 EVIL = """
 import os, signal
@@ -62,6 +66,8 @@ def test_from_the_dry_run_to_the_answer(study):
     assert process.returncode == 0, process.stderr[-3000:]
     died = lines(process.stdout, "failed")
     assert died and "its process died" in died[0]
+    assert study("--report-only").returncode == 0
+    assert "its process died" in (out / "study.html").read_text()  # recorded, not hidden
 
     process = study()  # what died is tried again, the rest is not
     assert process.returncode == 0, process.stderr[-3000:]
@@ -106,7 +112,7 @@ def test_a_run_that_diverges_is_recorded_and_not_repeated(study):
     ]
     process = study(*arms, "BUDGETS", "[3]", "DEV", "0")
     assert process.returncode == 0, process.stderr[-3000:]
-    assert "SOLVER.BASE_LR is not the same in all arms" in process.stderr
+    assert "SOLVER.BASE_LR is 1000000000.0 in hot and 0.02 in the arm it is" in process.stderr
     assert "hot, 3 labels, subset 0, seed 0: failed: " in process.stdout
     content = json.loads((study.folder / "out" / "study.json").read_text())
     assert [f["arm"] for f in content["failed"]] == ["hot"]
@@ -118,8 +124,9 @@ def test_interrupted_it_stops_its_processes(study):
     process = study.run(
         "BUDGETS", "[3]", start=subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    time.sleep(25)
-    process.send_signal(signal.SIGINT)
+    while process.poll() is None and not list((study.folder / "out").glob("runs/*/*/*/lock")):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "Stopped; the same command goes on from here."
@@ -128,12 +135,25 @@ def test_interrupted_it_stops_its_processes(study):
     assert not left.stdout.strip()
 
 
+def test_each_process_gets_its_own_of_the_gpus_that_there_are(tmp_path, monkeypatch):
+    launcher = Launcher(str(tmp_path), 2, [2, 3])
+    assert launcher.call(os.getenv, "CUDA_VISIBLE_DEVICES") == "2"
+    assert launcher.call(os.getenv, "CUDA_VISIBLE_DEVICES") == "3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert conduct._gpus() == [4, 6]
+    with pytest.raises(D2SSLError, match="a job failed: .*division by zero"):
+        Launcher(str(tmp_path), 1).call(divmod, 1, 0)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--config-file", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["SEEDZ", "3"], "key SEEDZ does not exist; the nearest is SEEDS"),
         (["--slurm", "partition"], "--slurm partition: write KEY=VALUE"),
+        (["--report-only"], "scratch was not begun yet; leave --report-only out"),
+        (["--cluster", "slurm", "--jobs", "0"], "--cluster slurm needs --jobs"),
+        (["--cluster", "slurm"], "--cluster slurm: "),  # there is none here
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(study, arguments, message):
