@@ -127,6 +127,8 @@ def add_ssl_config(cfg: CN) -> None:
     ssl.FINETUNE.CALIBRATE_NORMS = "auto"  # "auto": from random weights; "always"; "never"
     ssl.FINETUNE.FIT_PREDICTORS = "auto"  # weights for other classes: keep those of equal names
     ssl.FINETUNE.WEIGHTS_CLASSES = ""  # "coco" or names, where the weights do not say themselves
+    ssl.FINETUNE.SCALE_JITTER = ()  # e.g. (0.1, 2.0): photos at a factor of their scale, cropped
+    ssl.FINETUNE.COPY_PASTE = 0.0  # share of photos that objects of another one are pasted into
     ssl.FINETUNE.EMA_DECAY = 0.0  # e.g. 0.998: evaluate and save the averaged weights
     ssl.FINETUNE.VAL_LOSS = True  # with TEST.EVAL_PERIOD: the losses on the test or dev photos
     # A set apart from the test set. Where one is named, TEST.EVAL_PERIOD evaluates it, and
@@ -287,6 +289,20 @@ def _check(cfg: CN) -> None:
         and all(isinstance(n, str) for n in names)
         and len(set(names)) == len(names),
         f'{CLASSES} {names}: give "coco", or the names in their order, ("cat", "dog")',
+    )
+    jitter, share = ssl.FINETUNE.SCALE_JITTER, ssl.FINETUNE.COPY_PASTE
+    require(
+        not jitter
+        or len(jitter) == 2
+        and all(type(x) in (int, float) for x in jitter)
+        and 0 < jitter[0] <= jitter[1] < math.inf,
+        f"SSL.FINETUNE.SCALE_JITTER {jitter}: give the range of the factor, e.g. (0.1, 2.0)",
+    )
+    require(0 <= share <= 1, f"SSL.FINETUNE.COPY_PASTE {share}: give a share of photos, 0 to 1")
+    require(
+        share == 0 or cfg.MODEL.MASK_ON and not cfg.MODEL.KEYPOINT_ON,
+        "SSL.FINETUNE.COPY_PASTE cuts objects out by their masks: set MODEL.MASK_ON True and "
+        "KEYPOINT_ON False",
     )
     sampler, threshold = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD
     require(

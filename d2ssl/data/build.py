@@ -198,8 +198,12 @@ def build_finetune_loader(cfg) -> StreamLoader:
         if len(labelled) < len(dicts):
             logger.info("%d photos without annotation left out", len(dicts) - len(labelled))
         dicts = labelled
-    store = _store(cfg, dicts, max(cfg.INPUT.MIN_SIZE_TRAIN))
-    mapper = DetectionMapper(cfg, store.get, mask_format=mask_format(cfg, dicts))
+    options = cfg.SSL.FINETUNE
+    largest = max(cfg.INPUT.MIN_SIZE_TRAIN) * max([1.0, *options.SCALE_JITTER])
+    store = _store(cfg, dicts, math.ceil(largest))
+    # What is left of a covered object is pixels.
+    masks = "bitmask" if options.COPY_PASTE > 0 else mask_format(cfg, dicts)
+    mapper = DetectionMapper(cfg, store.get, mask_format=masks, others=dicts)
     solver, workers, order = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, build_order(cfg, dicts)
     return StreamLoader(dicts, mapper, solver.IMS_PER_BATCH, cfg.SEED, workers, order)
 

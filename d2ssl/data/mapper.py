@@ -3,12 +3,15 @@
 import copy
 from typing import Callable, FrozenSet, List, Sequence, Tuple
 
+import cv2
 import numpy as np
 import torch
 from detectron2.config import configurable
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Instances
 
+from d2ssl.data.pasting import paste
 from d2ssl.data.regions import regions_in_view
 from d2ssl.data.views import View, cut_out, draw_holes, draw_views, paired_boxes, window_of
 from d2ssl.errors import D2SSLError
@@ -148,26 +151,100 @@ def has_rle(dataset_dicts: Sequence[dict]) -> bool:
     )
 
 
+class ScaleJitter(T.Augmentation):
+    """Large-scale jitter: a photo larger or smaller, at the size that it has without.
+
+    ``resize`` decides on a size; the photo is scaled to fit it, times a factor drawn uniformly,
+    and then cropped at random, or filled up on the right and below. As the size is that of stock
+    Detectron2, and not one square for all photos as in Ghiasi et al. (CVPR 2021), an iteration
+    costs what it costs in stock, and objects have their stock scale at factor 1.
+
+    Args:
+        resize: an augmentation that gives a ``ResizeTransform``.
+        least, most: range of the factor.
+        fill: colour, in the order of the image.
+    """
+
+    def __init__(self, resize: T.Augmentation, least: float, most: float, fill: Sequence[float]):
+        super().__init__()
+        self._init(locals())
+
+    def __call__(self, aug_input) -> T.Transform:
+        size = self.resize.get_transform(aug_input.image)
+        height, width = size.new_h, size.new_w
+        scale = T.ResizeScale(self.least, self.most, height, width)
+        # It could pad, too, but in one grey, and in Detectron2's main branch masks with 255.
+        crop = T.FixedSizeCrop((height, width), pad=False)
+        moved = aug_input.apply_augmentations([scale, crop])
+        h, w = aug_input.image.shape[:2]
+        fill = _Fill(0, 0, width - w, height - h, w, h, self.fill)
+        return moved + aug_input.apply_augmentations([fill])
+
+
+class _Fill(T.PadTransform):
+    """fvcore's padding, in a colour; masks are padded with 0."""
+
+    def apply_image(self, image):
+        sides = self.y0, self.y1, self.x0, self.x1
+        return cv2.copyMakeBorder(image, *sides, cv2.BORDER_CONSTANT, value=self.pad_value)
+
+
 class DetectionMapper(DatasetMapper):
     """Detectron2's training mapper on photos that are already decoded and scaled down.
 
-    Boxes and masks are scaled along; augmentations, filters and output are the stock ones.
+    Boxes and masks are scaled along; augmentations, filters and output are the stock ones, unless
+    ``SSL.FINETUNE`` has ``SCALE_JITTER`` or ``COPY_PASTE``. Boxes then follow their masks.
 
     Args:
         mask_format: default: ``INPUT.MASK_FORMAT``; "polygon" takes no run-length coded mask.
+        others: photos whose objects ``COPY_PASTE`` takes; the photo itself may be one of them.
     """
 
-    def __init__(self, cfg, read_photo: Callable, is_train: bool = True, mask_format: str = ""):
+    def __init__(
+        self,
+        cfg,
+        read_photo: Callable,
+        is_train: bool = True,
+        mask_format: str = "",
+        others: Sequence[dict] = (),
+    ):
         stock = DatasetMapper.from_config(cfg, True)  # True: keep the annotations
         stock["instance_mask_format"] = mask_format or cfg.INPUT.MASK_FORMAT
+        options = cfg.SSL.FINETUNE
+        self.fill = tuple(cfg.MODEL.PIXEL_MEAN)  # becomes 0 after normalisation
+        self.factors = tuple(options.SCALE_JITTER) or (1.0, 1.0)
+        self.paste_prob = options.COPY_PASTE
+        self.others = others if is_train and self.paste_prob > 0 else ()
+        self.stock_augmentations = stock["augmentations"]
         if not is_train:
             size, most = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
             stock["augmentations"] = [T.ResizeShortestEdge(size, most, "choice")] if size else []
+        elif options.SCALE_JITTER:
+            stock["augmentations"] = self._jittered()
+            stock["recompute_boxes"] = cfg.MODEL.MASK_ON  # as stock does when it crops
         # DatasetMapper is @configurable: without a config it takes these arguments.
         super().__init__(**stock)
         self.read_photo = read_photo
 
+    def _jittered(self, size: Sequence[int] = ()) -> List[T.Augmentation]:
+        """Stock's augmentations with jitter; ``size`` (height, width): to it, not one drawn."""
+        return [
+            ScaleJitter(T.Resize(size) if size else a, *self.factors, self.fill)
+            if isinstance(a, T.ResizeShortestEdge)
+            else a
+            for a in self.stock_augmentations
+        ]
+
     def __call__(self, dataset_dict: dict) -> dict:
+        image, example = self._augmented(dataset_dict, self.augmentations)
+        if self.others and np.random.rand() < self.paste_prob:
+            image, example["instances"] = self._pasted(image, example["instances"])
+        example["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        return example
+
+    def _augmented(self, dataset_dict: dict, augmentations: T.Augmentation):
+        """The augmented photo (H x W x 3 uint8 in the config's order), and its dict with what
+        became of the annotations."""
         dataset_dict = copy.deepcopy(dataset_dict)
         photo = self.read_photo(dataset_dict["file_name"])
         height, width = dataset_dict["height"], dataset_dict["width"]
@@ -178,13 +255,40 @@ class DetectionMapper(DatasetMapper):
                 "has other proportions; correct the annotation, or the photo's EXIF orientation"
             )
         if self.image_format == "BGR":
-            photo = photo[:, :, ::-1]
-        scaled = T.AugInput(np.ascontiguousarray(photo))
-        transforms = self.augmentations(scaled)
+            photo = cv2.cvtColor(photo, cv2.COLOR_RGB2BGR)
+        scaled = T.AugInput(photo)
+        transforms = augmentations(scaled)
         if (h, w) != (height, width):
             transforms = T.TransformList([T.ResizeTransform(height, width, h, w), transforms])
-        image = scaled.image
-        dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
         if "annotations" in dataset_dict:
-            self._transform_annotations(dataset_dict, transforms, image.shape[:2])
-        return dataset_dict
+            self._transform_annotations(dataset_dict, transforms, scaled.image.shape[:2])
+        return scaled.image, dataset_dict
+
+    def _transform_annotations(self, dataset_dict, transforms, image_shape):
+        if all(a.get("iscrowd") for a in dataset_dict["annotations"]):
+            # Stock fails where it is to take the boxes from masks, and there is none.
+            del dataset_dict["annotations"]
+            dataset_dict["instances"] = detection_utils.annotations_to_instances([], image_shape)
+        else:
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+
+    def _pasted(self, image: np.ndarray, instances: Instances) -> Tuple[np.ndarray, Instances]:
+        """With some objects of another photo, which has a scale, crop and flip of its own; as it
+        was where none of them is in view."""
+        other = self.others[np.random.randint(len(self.others))]
+        augmentations = T.AugmentationList(self._jittered(image.shape[:2]))
+        source, example = self._augmented(other, augmentations)
+        objects = example["instances"]
+        if not len(objects):
+            return image, instances
+        count = np.random.randint(len(objects)) + 1
+        objects = objects[torch.from_numpy(np.random.permutation(len(objects))[:count])]
+        size = image.shape[:2]
+        # Where there never was an object Detectron2 leaves out the field.
+        masks = instances.gt_masks.tensor.numpy() if len(instances) else np.zeros((0, *size), bool)
+        image, masks, kept = paste(image, masks, source, objects.gt_masks.tensor.numpy())
+        found = Instances(size)
+        found.gt_masks = BitMasks(torch.from_numpy(masks))
+        found.gt_boxes = found.gt_masks.get_bounding_boxes()
+        found.gt_classes = torch.cat([instances.gt_classes[kept], objects.gt_classes])
+        return image, found

@@ -11,15 +11,17 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.structures import BitMasks, BoxMode, Instances
 from PIL import Image
 
 from d2ssl.atomic import atomic_open, make_folder
-from d2ssl.config import pretrain_cfg
-from d2ssl.data.build import build_pretrain_loader
+from d2ssl.config import finetune_cfg, pretrain_cfg
+from d2ssl.data.build import build_finetune_loader, build_pretrain_loader
 from d2ssl.data.datasets import ensure_registered
 from d2ssl.data.datasets.catalog import decoded, listed
 from d2ssl.data.datasets.subset import choose
-from d2ssl.data.photos import read_photo
+from d2ssl.data.masks import encode
+from d2ssl.data.photos import read_photo, shrink
 from d2ssl.engine.auto import resolve_auto
 from d2ssl.engine.checkpoint import load_weights
 from d2ssl.errors import D2SSLError
@@ -31,6 +33,7 @@ from d2ssl.report.pictures import (
     compare,
     describe_labels,
     draw_labels,
+    draw_objects,
     read_predictions,
 )
 
@@ -140,6 +143,53 @@ def show_views(cfg, num_photos: int, seed: int | None) -> Iterator[Shown]:
         sheet = pictures.draw()
         if sheet is not None:
             yield Shown(f"{name}.png", caption, sheet)
+
+
+def show_training(cfg, num_photos: int, seed: int | None, side: int) -> Iterator[Shown]:
+    """The first photos that fine-tuning sees, augmented: as they are on the left, and with the
+    objects that it is told of on the right.
+
+    Args:
+        cfg: the user's config, its data sets registered.
+        num_photos: of each of DATASETS.TRAIN, at most.
+        seed: of a random choice; None: the first ones. Augmentations are drawn with SEED.
+        side: longer side of a picture in pixels.
+    """
+    stage = finetune_cfg(cfg)
+    stage.defrost()
+    stage.DATASETS.TRAIN = tuple(_part(name, num_photos, seed) for name in cfg.DATASETS.TRAIN)
+    stage.freeze()
+    stream = build_finetune_loader(stage).stream
+    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+    for position in range(len(stream.dicts)):
+        item = stream[position]
+        image = item["image"].numpy().transpose(1, 2, 0)
+        if stage.INPUT.FORMAT == "BGR":
+            image = image[:, :, ::-1]
+        image = np.ascontiguousarray(image)
+        objects = _annotations(item["instances"])
+        drawn = draw_objects(image, objects, metadata, side)
+        plain = Image.fromarray(shrink(image, side)).resize(drawn.shape[1::-1])
+        base = os.path.basename(item["file_name"])
+        yield Shown(
+            _file_name("training", position, base),
+            f"{base}: {pieces.count(len(objects), 'object')}",
+            np.concatenate([plain, drawn], axis=1),
+        )
+
+
+def _annotations(instances: Instances) -> list[dict]:
+    """What a detector is told of a photo, in the form of a dataset dict's annotations."""
+    found = [
+        {"bbox": box.tolist(), "bbox_mode": BoxMode.XYXY_ABS, "category_id": int(category)}
+        for box, category in zip(instances.gt_boxes, instances.gt_classes)
+    ]
+    for i, annotation in enumerate(found if instances.has("gt_masks") else ()):
+        masks = instances.gt_masks
+        annotation["segmentation"] = (
+            encode(masks.tensor[i].numpy()) if isinstance(masks, BitMasks) else masks.polygons[i]
+        )
+    return found
 
 
 def _methods(method: PretextMethod) -> list[PretextMethod]:

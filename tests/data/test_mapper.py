@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetMapper
-from detectron2.structures import PolygonMasks
+from detectron2.structures import BitMasks, PolygonMasks
 from torch.nn import functional as F
 
 from d2ssl.config import finetune_cfg, pretrain_cfg
@@ -194,14 +194,17 @@ def test_holes_follow_the_config_and_the_seed(tiny_cfg):
     assert not torch.equal(drawn[0][0][0, ::2, ::2], drawn[0][2][0])  # each view has its own
 
 
-def test_detection_mapper_is_the_stock_mapper(tiny_cfg):
+@pytest.mark.parametrize("image_format", ["BGR", "RGB"])
+def test_detection_mapper_is_the_stock_mapper(tiny_cfg, image_format):
     """On a photo that is not scaled down: equal pixels, boxes and masks under equal draws."""
-    cfg = finetune_cfg(tiny_cfg("SSL.ENABLED", "False"))
-    for d in load_dicts(["balloon_demo_train"])[:4]:
+    cfg = finetune_cfg(tiny_cfg("SSL.ENABLED", "False", "INPUT.FORMAT", image_format))
+    dicts = load_dicts(["balloon_demo_train"])[:4]
+    for d in dicts:
         with random_state(1, 2):
-            ours = DetectionMapper(cfg, read_photo)(d)
+            ours, ours_next = DetectionMapper(cfg, read_photo, others=dicts)(d), np.random.rand()
         with random_state(1, 2):
-            stock = DatasetMapper(cfg, True)(copy.deepcopy(d))
+            stock, stock_next = DatasetMapper(cfg, True)(copy.deepcopy(d)), np.random.rand()
+        assert ours_next == stock_next  # no draw of our own
         assert torch.equal(ours["image"], stock["image"])
         assert torch.equal(ours["instances"].gt_boxes.tensor, stock["instances"].gt_boxes.tensor)
         for a, b in zip(ours["instances"].gt_masks.polygons, stock["instances"].gt_masks.polygons):
@@ -288,6 +291,7 @@ def test_a_detector_learns_from_run_length_masks(tiny_cfg, ring_set):
 
     cfg = ring_cfg(tiny_cfg)
     item = build_finetune_loader(cfg).stream[0]
+    torch.manual_seed(0)
     with EventStorage(0):
         losses = build_model(cfg)([item])
     assert 0.5 < losses["loss_mask"].item() < 1  # log 2 for random weights
@@ -298,6 +302,240 @@ def test_polygons_stay_polygons(tiny_cfg, ring_set):
     del masks[0]  # a crowd's RLE, which is never learnt from, does not matter
     item = build_finetune_loader(ring_cfg(tiny_cfg)).stream[0]
     assert isinstance(item["instances"].gt_masks, PolygonMasks)
+
+
+# Each class has its colour; no two of them blend into a third.
+COLOURS = np.array([(220, 0, 0), (0, 220, 0), (0, 0, 220), (220, 220, 0)])
+GROUND, CROWD, MEAN = (40, 40, 40), (220, 0, 220), (10, 121, 231)
+JITTER = ["SSL.FINETUNE.SCALE_JITTER", "(0.5,1.5)"]
+PASTE = ["SSL.FINETUNE.COPY_PASTE", "1.0"]
+
+
+@pytest.fixture
+def coloured_set(tmp_path):
+    """Photos of 120 x 180 and 180 x 120 with polygons, a ring (RLE) and a crowd in the colours of
+    their classes, and one that shows nothing; a list of them, which is registered as it is."""
+    dicts = []
+    for shape, crowd in (((120, 180), False), ((180, 120), True)):
+        disc, ring, bar, tile, group = np.zeros((5, *shape), np.uint8)
+        cv2.circle(disc, (45, 40), 25, 1, -1)
+        cv2.circle(ring, (80, 85), 30, 1, -1)
+        cv2.circle(ring, (80, 85), 12, 0, -1)
+        bar[5:45, 80:100], tile[70:110, 5:40] = 1, 1
+        group[-50:, 40:] = crowd
+        objects = [(group, CROWD, 0, 1)] if crowd else []
+        for category, mask in enumerate((disc, ring, bar, tile)):
+            if crowd or category < 2:
+                objects.append((mask, COLOURS[category], category, 0))
+        photo, annotations = np.full((*shape, 3), GROUND, np.uint8), []
+        for mask, colour, category, iscrowd in objects:
+            photo[mask == 1] = colour
+            annotations.append(mask_annotation(mask, category, iscrowd))
+        dicts.append({"height": shape[0], "width": shape[1], "annotations": annotations})
+        dicts[-1]["file_name"] = str(tmp_path / f"photo{len(dicts)}.png")
+        cv2.imwrite(dicts[-1]["file_name"], photo[..., ::-1])
+    empty = str(tmp_path / "empty.png")
+    cv2.imwrite(empty, np.full((120, 180, 3), GROUND, np.uint8))
+    dicts.append({"file_name": empty, "height": 120, "width": 180, "annotations": []})
+    for i, d in enumerate(dicts):
+        d["image_id"] = i
+    register_dataset("coloured", lambda: copy.deepcopy(dicts), thing_classes=list("abcd"))
+    return dicts
+
+
+def coloured_cfg(tiny_cfg, *opts):
+    return finetune_cfg(tiny_cfg(
+        "SSL.ENABLED", "False", "DATASETS.TRAIN", "('coloured',)", "INPUT.FORMAT", "RGB",
+        "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MAX_SIZE_TRAIN", "500", "MODEL.PIXEL_MEAN",
+        str(MEAN), "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False", *opts))  # fmt: skip
+
+
+def grown(mask, pixels):
+    return cv2.dilate(mask.astype(np.uint8), np.ones((2 * pixels + 1,) * 2, np.uint8)) > 0
+
+
+@pytest.mark.parametrize("crop", [[], ["INPUT.CROP.ENABLED", "True"]], ids=["whole", "crop"])
+@pytest.mark.parametrize(
+    "opts", [JITTER, PASTE, [*JITTER, *PASTE]], ids=["jitter", "paste", "both"]
+)
+def test_masks_and_boxes_follow_the_pixels(tiny_cfg, coloured_set, opts, crop):
+    """In both directions: inside a mask is its class's colour, and that colour nowhere else."""
+    stream = build_finetune_loader(coloured_cfg(tiny_cfg, *opts, *crop)).stream
+    seen, most = set(), 0
+    for position in range(30):
+        item = stream[position]
+        image, instances = item["image"].permute(1, 2, 0).numpy(), item["instances"]
+        if not len(instances):
+            continue
+        masks = instances.gt_masks.tensor.numpy()
+        assert masks.shape[1:] == image.shape[:2] == instances.image_size
+        classes = instances.gt_classes.numpy()
+        for mask, category, box in zip(masks, classes, instances.gt_boxes.tensor.tolist()):
+            inner = ~grown(np.pad(~mask, 1, constant_values=True), 4)[1:-1, 1:-1]
+            assert (np.abs(image[inner] - COLOURS[category]) <= 2).all()
+            y, x = mask.nonzero()
+            tight = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1])
+            # Where nothing came of pasting, a box is the annotation's.
+            assert np.abs(box - tight).max() <= (1 if opts == PASTE else 0)
+        for category, colour in enumerate(COLOURS):
+            is_colour = (image == colour).all(2)
+            stray = is_colour & ~grown(masks[classes == category].any(0), 2)
+            # At most what is left of a hidden object.
+            assert stray.sum() <= 0.1 * is_colour.size * 0.1, (position, category)
+        seen.update(classes.tolist())
+        most = max(most, len(instances))
+    assert seen == {0, 1, 2, 3}
+    assert most > 4 if opts != JITTER else most == 4
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_scale_jitter_keeps_stocks_size(tiny_cfg, coloured_set, factor):
+    opts = ["INPUT.RANDOM_FLIP", "none"]
+    stock = build_finetune_loader(coloured_cfg(tiny_cfg, *opts)).stream
+    jitter = ["SSL.FINETUNE.SCALE_JITTER", f"({factor},{factor})"]
+    stream = build_finetune_loader(coloured_cfg(tiny_cfg, *opts, *jitter)).stream
+    # In memory as large as the largest scale shows it, up to the photo's own size.
+    for d in coloured_set:
+        side = min(stream.mapper.read_photo(d["file_name"]).shape[:2])
+        assert side == min(120, 96 * max(1, factor))
+    corners = set()
+    for position in range(12):
+        a, b = stock[position], stream[position]
+        image, size = b["image"], a["image"].shape[1:]
+        assert image.shape[1:] == size == b["instances"].image_size
+        h, w = (round(factor * n) for n in size)
+        if factor < 1:
+            assert (image[:, h:] == torch.tensor(MEAN)[:, None, None]).all()
+            assert (image[:, :, w:] == torch.tensor(MEAN)[:, None, None]).all()
+        assert not (image[:, :h, :w] == torch.tensor(MEAN)[:, None, None]).all(0).any()
+        if factor <= 1:  # nothing is cropped away
+            expected = factor * a["instances"].gt_boxes.tensor
+            torch.testing.assert_close(b["instances"].gt_boxes.tensor, expected, rtol=0, atol=1)
+        else:
+            corners.add(tuple(image[:, 0, 0].tolist()))
+    assert factor <= 1 or len(corners) > 1  # cropped anywhere
+
+
+@pytest.mark.parametrize(
+    "opts, kind",
+    [(JITTER, PolygonMasks), ([*JITTER, "SSL.FINETUNE.COPY_PASTE", "0.5"], BitMasks)],
+    ids=["jitter", "paste"],
+)
+def test_only_pasting_makes_polygons_pixels(tiny_cfg, coloured_set, opts, kind):
+    for d in coloured_set:
+        d["annotations"] = [a for a in d["annotations"] if isinstance(a["segmentation"], list)]
+    stream = build_finetune_loader(coloured_cfg(tiny_cfg, *opts)).stream
+    for position in range(9):
+        instances = stream[position]["instances"]
+        if len(instances):
+            assert isinstance(instances.gt_masks, kind)
+            boxes = instances.gt_masks.get_bounding_boxes().tensor
+            assert torch.equal(instances.gt_boxes.tensor, boxes)
+
+
+def same(a, b):
+    assert a["index"] == b["index"] and torch.equal(a["image"], b["image"])
+    assert torch.equal(a["instances"].gt_classes, b["instances"].gt_classes)
+    assert len(a["instances"]) == 0 or torch.equal(
+        a["instances"].gt_masks.tensor, b["instances"].gt_masks.tensor
+    )
+
+
+def test_position_alone_decides_what_is_pasted(tiny_cfg, coloured_set):
+    loader = build_finetune_loader(
+        coloured_cfg(tiny_cfg, *JITTER, "SSL.FINETUNE.COPY_PASTE", "0.5")
+    )
+    plain = build_finetune_loader(coloured_cfg(tiny_cfg, *JITTER, "INPUT.MASK_FORMAT", "bitmask"))
+    items = [loader.stream[position] for position in range(24)]
+    loader.num_workers, loader.start_iter = 2, 4  # as a resumed run
+    for i, batch in zip(range(4, 7), loader):
+        for slot, item in enumerate(batch):
+            same(item, items[2 * i + slot])
+    pasted = 0
+    for position, item in enumerate(items):
+        before = plain.stream[position]
+        if torch.equal(item["image"], before["image"]):
+            same(item, before)
+        else:
+            pasted += 1
+    assert 4 <= pasted <= 16
+
+
+def test_a_photo_alone_gives_to_itself(tiny_cfg, coloured_set):
+    del coloured_set[1:]
+    stream = build_finetune_loader(coloured_cfg(tiny_cfg, *JITTER, *PASTE)).stream
+    numbers = [stream[i]["instances"].gt_classes.tolist() for i in range(12)]
+    assert max(map(len, numbers)) > 2 and {n for x in numbers for n in x} == {0, 1}
+
+
+def test_a_photo_without_objects_takes_and_gives_none(tiny_cfg, coloured_set):
+    opts = coloured_cfg(tiny_cfg, *PASTE)
+    first, _, empty = coloured_set
+    with random_state(0):
+        taken = DetectionMapper(opts, read_photo, mask_format="bitmask", others=[first])(empty)
+    assert set(taken["instances"].gt_classes.tolist()) <= {0, 1} and len(taken["instances"])
+    with random_state(0):
+        mapper = DetectionMapper(opts, read_photo, mask_format="bitmask", others=[empty])
+        kept, none = mapper(first), mapper(empty)
+    assert kept["instances"].gt_classes.tolist() == [0, 1] and len(none["instances"]) == 0
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_what_is_pasted_has_a_scale_and_flip_of_its_own(tiny_cfg, coloured_set, factor):
+    first, _, empty = coloured_set
+    del first["annotations"][1]  # what is left is 20..71 of 180 from the left
+    jitter = ["SSL.FINETUNE.SCALE_JITTER", f"({factor},{factor})"]
+    mapper = DetectionMapper(coloured_cfg(tiny_cfg, *PASTE, *jitter), read_photo,
+                             mask_format="bitmask", others=[first])  # fmt: skip
+    ends = set()
+    for seed in range(12):
+        with random_state(seed):
+            left, _, right, _ = mapper(empty)["instances"].gt_boxes.tensor[0].tolist()
+        assert right - left == pytest.approx(51 * 0.8 * factor, abs=2)  # 96 px of 120
+        ends.add(round(left / 4))
+    # The photo is flipped with what it is filled up with.
+    assert ends == {round(20 * 0.8 * factor / 4), round((144 - 71 * 0.8 * factor) / 4)}
+
+
+def test_crowds_are_not_pasted(tiny_cfg, coloured_set):
+    _, crowded, empty = coloured_set
+    before = copy.deepcopy(crowded)
+    mapper = DetectionMapper(
+        coloured_cfg(tiny_cfg, *PASTE), read_photo, mask_format="bitmask", others=[crowded]
+    )
+    counts = set()
+    for seed in range(40):
+        with random_state(seed):
+            item = mapper(empty)
+        assert not ((item["image"] - torch.tensor(CROWD)[:, None, None]).abs() < 3).all(0).any()
+        counts.add(len(item["instances"]))
+    assert counts == {1, 2, 3, 4}  # any number of its objects, and never none
+    assert str(crowded) == str(before)
+
+
+def test_validation_is_stocks(tiny_cfg, coloured_set):
+    for d in coloured_set:
+        d["annotations"] = [a for a in d["annotations"] if isinstance(a["segmentation"], list)]
+    with_options, stock = (
+        build_validation_batches(coloured_cfg(tiny_cfg, *opts), ["coloured"])
+        for opts in ([*JITTER, *PASTE], [])
+    )
+    for (a,), (b,) in zip(with_options, stock):
+        assert torch.equal(a["image"], b["image"])
+        assert torch.equal(a["instances"].gt_boxes.tensor, b["instances"].gt_boxes.tensor)
+        assert isinstance(a["instances"].gt_masks, PolygonMasks)
+
+
+def test_a_detector_learns_from_pasted_objects(tiny_cfg, coloured_set):
+    from detectron2.modeling import build_model
+    from detectron2.utils.events import EventStorage
+
+    cfg = coloured_cfg(tiny_cfg, *JITTER, *PASTE, "MODEL.ROI_HEADS.NUM_CLASSES", "4")
+    stream = build_finetune_loader(cfg).stream
+    torch.manual_seed(0)
+    with EventStorage(0):
+        losses = build_model(cfg)([stream[0], stream[1]])
+    assert all(torch.isfinite(x) for x in losses.values()) and losses["loss_mask"] > 0.5
 
 
 def test_annotation_of_another_shape_is_refused(tiny_cfg):

@@ -17,7 +17,13 @@ from d2ssl.data.datasets import register_balloon
 from d2ssl.data.datasets.catalog import register_dataset
 from d2ssl.errors import D2SSLError
 from d2ssl.report.pictures import COLORS, draw_labels
-from d2ssl.report.visualize import show_annotations, show_predictions, show_views, write_pictures
+from d2ssl.report.visualize import (
+    show_annotations,
+    show_predictions,
+    show_training,
+    show_views,
+    write_pictures,
+)
 
 REPO = Path(__file__).resolve().parents[2]
 SCRIPT = REPO / "tools" / "visualize_data.py"
@@ -146,6 +152,26 @@ def test_views_of_a_method(tiny_cfg, method, sheets):
     assert all((a.image == b.image).all() for a, b in zip(shown, again))
 
 
+@pytest.mark.parametrize("opts", [(), ("SSL.FINETUNE.COPY_PASTE", "1.0"),
+                                  ("MODEL.MASK_ON", "False")])  # fmt: skip
+def test_training_examples_beside_their_objects(tiny_cfg, photos, opts):
+    """The photos of the fixture in red, which is GREY on the right but for the objects."""
+    red = (200, 50, 20)
+    for entry in DatasetCatalog.get(photos):
+        Image.new("RGB", (200, 100), red).save(entry["file_name"])
+    cfg = tiny_cfg("DATASETS.TRAIN", f"('{photos}',)", "INPUT.RANDOM_FLIP", "none", *opts)
+    shown = list(show_training(cfg, 2, None, 400))
+    assert sorted(x.file[-10:] for x in shown) == ["photo0.jpg", "photo1.jpg"]
+    for one in shown:
+        assert one.caption[6:] in (".png: 1 object", ".png: 2 objects")
+        assert one.image.shape == (200, 800, 3)
+        assert np.abs(one.image[:, :400] - np.array(red)).max() <= 1
+        assert is_drawn(one.image, 400 + 38, 80) and not is_drawn(one.image, 400 + 130, 80)
+    with_seed = tiny_cfg("DATASETS.TRAIN", f"('{photos}',)", *opts)
+    files = {x.file[-10:] for seed in range(4) for x in show_training(with_seed, 2, seed, 64)}
+    assert len(files) > 2
+
+
 def test_files_and_page_show_the_same(photos, tmp_path):
     out = tmp_path / "new" / "folder"
     assert write_pictures(str(out), "title", show_annotations([photos], 2, None, 64)) == 2
@@ -193,6 +219,7 @@ def test_each_source(command, photos, demo_root, tmp_path):
         ("annotations", ["--dataset", photos, "--dataset", "balloon_demo_val"], 4),
         ("predictions", ["--dataset", photos, "--predictions", found, "--sort", "confidence"], 2),
         ("views", ["--config-file", REPO / "configs/demo.yaml", "--seed", "1", *small], 1),
+        ("training", ["--dataset", "balloon_demo_train", "SSL.ENABLED", "False"], 2),
     ):
         out = tmp_path / source
         code, text, err = command(
