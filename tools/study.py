@@ -106,8 +106,11 @@ def run(argv=None):
     with exit_on_error():
         require_detectron2()
         words = sys.argv[1:] if argv is None else argv
-        for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the jobs are stopped, too
-            signal.signal(number, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # Each is as Ctrl-C: the jobs are stopped, too. They are by SIGINT, so it must not be
+            # ignored, as it is behind & in a script; SIGHUP may be, by nohup.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
         try:
             main(args, shlex.join(["tools/study.py", *words]))
         except KeyboardInterrupt:

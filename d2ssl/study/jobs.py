@@ -4,6 +4,7 @@ A task's outcome is in its folder, ``result.json``; so nothing is lost when the 
 and what is done is not done again. submitit starts the processes here, or hands them to SLURM.
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -11,7 +12,7 @@ import os
 import statistics
 import subprocess
 import time
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
 import submitit
@@ -255,7 +256,8 @@ class Launcher:
         if gpu is not None:
             self.executor.update_parameters(visible_gpus=(gpu,))
         try:
-            return self.executor.submit(function, *args), gpu
+            with _children_print_to(os.path.join(self.executor.folder, "submitit.log")):
+                return self.executor.submit(function, *args), gpu
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
             reason = " ".join(str(error).split())[-300:]
             raise D2SSLError(f"--cluster slurm: a job was refused: {reason}") from error
@@ -263,6 +265,20 @@ class Launcher:
     def _release(self, gpu: Optional[int]) -> None:
         if gpu is not None:
             self.free.append(gpu)
+
+
+@contextlib.contextmanager
+def _children_print_to(path: str) -> Iterator[None]:
+    """Processes that are started inside: each of submitit's answers Ctrl-C with a traceback."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    terminal = os.dup(2)
+    with open(path, "a") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 def _outcome(task: Task, job) -> dict:

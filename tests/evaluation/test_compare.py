@@ -199,7 +199,7 @@ def test_a_run_and_its_kept_result(soco, tmp_path):
     left = {path.name for path in (tmp_path / "a").rglob("*") if path.is_file()}
     assert {"result.json", "log.txt", "config.yaml", "metrics.json"} <= left
     assert not [name for name in left if name.endswith((".pth", ".tmp", "last_checkpoint"))]
-    assert "Starting training" in Path(run.result_file).with_name("log.txt").read_text()
+    assert "Weights: none, all random" in Path(run.result_file).with_name("log.txt").read_text()
 
     (again,) = plan([soco], tmp_path / "b")
     repeated = compare.execute(again, task)

@@ -1,9 +1,25 @@
-"""A study's yaml on the drawn balloons of tests/conftest.py."""
+"""A study's yaml on the drawn balloons of tests/conftest.py, and the tool as a user types it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.conftest import CONFIGS, TINY
+
+REPO = Path(__file__).resolve().parents[2]
+EVIL = """
+import os, signal
+
+def die():
+    # In the job of one run alone, as the out-of-memory killer would do it.
+    if os.path.isfile("victim") and "SUBMITIT_EXECUTOR" in os.environ:
+        os.remove("victim")
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @pytest.fixture
@@ -34,3 +50,22 @@ def write_study(tiny_cfg, tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def study(demo_root, tmp_path, write_study):
+    """Callable: arguments -> finished process of tools/study.py on two budgets and one subset."""
+    (tmp_path / "evil.py").write_text(EVIL)
+    env = {**os.environ, "DETECTRON2_DATASETS": str(demo_root), "PYTHONPATH": str(REPO),
+           "D2SSL_CACHE": str(demo_root / "cache")}  # fmt: skip
+    file = write_study(BUDGETS=[3, 6], SUBSETS=1, COMMON={"SSL.REGISTER": ["evil:die"]})
+    command = [sys.executable, str(REPO / "tools/study.py"), "--config-file", file, "--jobs", "2"]
+
+    def run(*args, start=subprocess.run, **more):
+        return start([*command, "--output", "out", *args], env=env, cwd=tmp_path, text=True, **more)
+
+    def finished(*args):
+        return run(*args, capture_output=True, timeout=500)
+
+    finished.run, finished.folder = run, tmp_path
+    return finished
