@@ -276,6 +276,7 @@ def sentence(study: Study, difference: dict) -> str:
         f"{d['against']}, {_describe_control(d)}",
         f"its {d['budget']} labels do what {worth} do without it" if worth else "",
         f"{count(failed, 'run')} of its own failed" if failed else "",
+        "one repeat, so no interval" if d["segm"]["interval"] is None else "",
     ]
     return "; ".join(filter(None, parts)) + f". {describe_power(study, d)}"
 
@@ -288,7 +289,7 @@ def signed(value: float) -> str:
 def gain(estimate: dict) -> str:
     """A difference with its interval."""
     if estimate["interval"] is None:
-        return f"{signed(estimate['mean'])} (one repeat, so no interval)"
+        return signed(estimate["mean"])
     low, high = map(signed, estimate["interval"])
     return f"{signed(estimate['mean'])} [{low}, {high}]"
 

@@ -289,7 +289,7 @@ def _by_budget(series: Sequence[dict], column: int) -> Dict[int, Dict[str, List]
 
 def _convergence(found: dict, arms: Sequence[str]) -> str:
     figure = plots.plot_panels(
-        _by_budget(found["curves"], 1), arms, "iteration", "segm AP, dev photos (%)"
+        _by_budget(found["curves"], 1), arms, "iteration", "segm AP, dev photos (%)", "o-"
     )
     if not figure:
         return ""

@@ -44,6 +44,7 @@ def plot_efficiency(
             for at, cell in zip(x, points):
                 if cell[what]["interval"]:
                     axes.plot([at, at], cell[what]["interval"], color=color, linewidth=1.2)
+        axes.set_xlim(budgets[0] / 1.3, budgets[-1] * 1.3)
         axes.set_xticks(budgets, [str(b) for b in budgets])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("labelled photos")
@@ -82,24 +83,27 @@ def plot_panels(
     arms: Sequence[str],
     xlabel: str,
     ylabel: str,
+    dots: str = "-",
 ) -> bytes:
     """A panel a budget, a line an arm; SVG, empty where there is nothing to draw.
 
     Args:
         lines: budget -> arm -> points; a y of None is left out.
+        dots: "o-" to mark the points, for a few.
     """
     lines = {budget: of_arm for budget, of_arm in lines.items() if any(of_arm.values())}
     if not lines:
         return b""
     with matplotlib.rc_context({**STYLE, "font.size": 9}):
-        figure = Figure(figsize=(2.7 * len(lines) + 0.6, 2.9), layout="constrained")
+        figure = Figure(figsize=(max(5.2, 2.7 * len(lines) + 0.6), 2.9), layout="constrained")
         panels = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
         for (budget, of_arm), axes in zip(lines.items(), panels):
             for arm, points in of_arm.items():
                 points = [p for p in points if p[1] is not None]
                 if points:
-                    dots = {"marker": "o", "markersize": 3.5} if len(points) <= 10 else {}
-                    axes.plot(*zip(*points), color=colors(arms)[arm], label=arm, **dots)
+                    axes.plot(
+                        *zip(*points), dots, color=colors(arms)[arm], label=arm, markersize=3.5
+                    )
             axes.set_xlim(0, None)
             axes.set_title(f"{budget} labels", fontsize=9)
             axes.xaxis.set_major_locator(MaxNLocator(4))
