@@ -79,7 +79,8 @@ def main(args):
     make_folder(os.path.dirname(args.output))
     with atomic_open(args.output, "wb") as file:
         torch.save(content, file)
-    print(f"{account}\nwritten: {args.output}")
+    use = " ".join(["MODEL.WEIGHTS", args.output, *args.opts])
+    print(f"{account}\nwritten: {args.output}; use it with {use}")
 
 
 def run(argv=None):

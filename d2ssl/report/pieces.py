@@ -38,6 +38,7 @@ th, td { padding: .35rem .9rem; text-align: right; border-bottom: 1px solid var(
 th { font-weight: 600; color: var(--soft); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td.main { font-weight: 700; }
+table:not(.words) td { white-space: nowrap; }
 .words th, .words td { text-align: left; vertical-align: top; }
 .words td + td { overflow-wrap: anywhere; min-width: 6rem; }
 td.bar { min-width: 7rem; background: linear-gradient(to right,

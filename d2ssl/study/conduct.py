@@ -83,6 +83,8 @@ class Conductor:
             for key, (value, other) in differences.items():
                 logger.warning("%s is %s in %s and %s in the arm it is compared with: that is "
                                "compared, too", key, value, arm, other)  # fmt: skip
+        for note in notes(study):
+            logger.warning("%s", note)
         self.seconds = timings(study, call, threads)
         self.tasks = plan(study, matched_iterations(study, self.seconds))
         self.outcomes = {task: task.recorded() for task in self.tasks}
@@ -153,6 +155,29 @@ class Conductor:
         return write_study(
             self.study, self.results, found, self.outcomes, self.seconds, self.command
         )
+
+
+def notes(study: Study) -> List[str]:
+    """What keeps a study from answering, said before it runs."""
+    found = []
+    for arm in study.arms.values():
+        solver = arm.cfg.SOLVER
+        if arm.pretrains and not study.control(arm):
+            found.append(
+                f"no arm is COMPUTE_MATCHED to {arm.name}, so whether it pays cannot be told"
+            )
+        if max([solver.WARMUP_ITERS, *solver.STEPS]) >= solver.MAX_ITER:
+            found.append(
+                f"{arm.name}: SOLVER.STEPS {tuple(solver.STEPS)} and WARMUP_ITERS "
+                f"{solver.WARMUP_ITERS} do not fit in MAX_ITER {solver.MAX_ITER}"
+            )
+    without = [b for b in study.budgets if study.dev and not study.dev_set(b, study.subsets[0])]
+    if without:
+        found.append(
+            f"no curve with {', '.join(map(str, without))} labels: DEV {study.dev} leaves "
+            f"{study.total - study.dev} of {study.total} photos"
+        )
+    return found
 
 
 def _outcome(result: dict) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 
 from d2ssl.evaluation.matches import TASKS, Matches
 from d2ssl.evaluation.statistics import (
+    UNKNOWN,
     Bootstrap,
     Estimate,
     interval,
@@ -18,6 +19,7 @@ from d2ssl.report.pieces import count
 from d2ssl.study.plan import Study
 
 THRESHOLDS = [round(0.05 * i, 2) for i in range(1, 20)]  # of the score
+NOTHING = 1.0  # AP: detectors that are all below have found nothing that could be compared
 CHANGED_PHOTOS, CHANGED_BY = 6, 5.0  # AP of a photo, at least
 
 
@@ -156,7 +158,8 @@ def _difference(
         pretraining, else None: ``control``: segm as above against the arm that spent the same time
         on fine-tuning, and its name (no mean while it is not finished); ``verdict``; ``more``:
         repeats that it would take on top of these to see ``study.effect``, None where that is not
-        known or no number would do; ``worth``, see :func:`_worth`.
+        known or no number would do; ``worth``, see :func:`_worth`; ``blank``: neither has found
+        anything, so there is nothing to compare.
     """
     both = {what: results.difference(arm, other, budget, what) for what in TASKS}
     if not both["segm"]:
@@ -164,9 +167,12 @@ def _difference(
     failed = sum(key[:2] == (arm, budget) for key in results.failed)
     found = {"arm": arm, "against": other, "budget": budget, "failed": failed,
              **{what: _plain(estimate) for what, estimate in both.items()},
-             "control": None, "verdict": None, "more": None, "worth": None}  # fmt: skip
+             "control": None, "verdict": None, "more": None, "worth": None,
+             "blank": False}  # fmt: skip
     if not study.arms[arm].pretrains or other != study.without(study.arms[arm]):
         return found
+    if max(results.ap(a, budget, "segm").mean for a in (arm, other)) < NOTHING:
+        return {**found, "verdict": UNKNOWN, "blank": True}
     name = study.control(study.arms[arm])
     control = results.difference(arm, name, budget, "segm") if name else None
     needed = seeds_needed(both["segm"], study.effect)
@@ -270,6 +276,12 @@ def _changed_photos(study: Study, results: Results) -> List[dict]:
 def sentence(study: Study, difference: dict) -> str:
     """The plainest answer that the numbers allow, for an arm that pretrains and a budget."""
     d = difference
+    if d["blank"]:
+        return (
+            f"{d['arm']} with {d['budget']} labels: {d['verdict']}. Neither it nor {d['against']} "
+            f"reaches {NOTHING:g} AP, so there is nothing to compare: train longer "
+            "(SOLVER.MAX_ITER), or check MODEL.WEIGHTS and SOLVER.BASE_LR."
+        )
     worth, failed = describe_worth(d["worth"]), d["failed"]
     parts = [
         f"{d['arm']} with {d['budget']} labels: {d['verdict']}. {gain(d['segm'])} segm AP over "
@@ -325,7 +337,7 @@ def describe_power(study: Study, difference: dict) -> str:
     several = len(study.subsets) > 1
     repeat = ("subset" if budget < study.total else "run") if several else "seed"
     if segm["run_sd"] is None:
-        return f"How many {repeat}s it takes to see {what} is unknown from one."
+        return f"One {repeat} cannot say how many it takes to see {what}."
     if more is None:
         return f"No number of {repeat}s would show {what}: what the test photos leave open is more."
     if more == 0:

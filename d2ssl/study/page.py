@@ -193,7 +193,7 @@ def _facts(study: Study, results: Results, about: dict) -> str:
     photos = pieces.count(results.num_photos, "photo")
     return pieces.facts(
         [
-            ("Tested on", f"{study.test} ({photos}), once a run"),
+            ("Tested on", f"{study.test} ({photos}), once per run"),
             ("Labels from", f"{study.train} ({pieces.count(study.total, 'photo')})"),
             ("Repeats", f"{pieces.count(len(study.subsets), 'subset')} of the labels, "
                         f"{pieces.count(study.seeds, 'seed')} each"),
@@ -242,6 +242,8 @@ def _difference_table(found: dict) -> str:
 
 def _more(difference: dict) -> str:
     units, more = difference["segm"]["units"], difference["more"]
+    if difference["blank"]:
+        return str(units)
     if units == 1:
         return "1, too few"
     return f"{units}, " + ("enough" if more == 0 else f"about {more} more" if more else "no use")
@@ -258,8 +260,8 @@ def _how_to_read(study: Study, found: dict) -> str:
         "worth labels: how many the other arm needs for the same AP, read from its curve between "
         "its smallest and its largest budget.",
         "repeats: how many there are, and about how many more it would take to see a difference of "
-        f"{study.effect:g} AP in 80 of 100 studies; no use: what the test photos leave open is "
-        "more than that.",
+        f"{study.effect:g} AP in 80 of 100 studies; no use: with so few test photos no number "
+        "would show it.",
     ]
     if len(study.subsets) == 1:
         lines.append(
@@ -378,7 +380,7 @@ def _arms(study: Study, about: dict) -> str:
     rows = []
     for name, arm in study.arms.items():
         start = os.path.basename(arm.cfg.MODEL.WEIGHTS) or "random weights"
-        note = f"fine-tunes as long as {arm.matched} takes in all" if arm.matched else ""
+        note = f"fine-tunes for the total time of {arm.matched}" if arm.matched else ""
         rows.append([name, start, about["arms"][name]["pretraining"], note])
     out = pieces.heading("The arms", 2) + pieces.table(
         ["", "starts from", "pretraining", ""], rows, kind="words"

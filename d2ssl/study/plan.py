@@ -29,7 +29,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from d2ssl.config import changed, get_cfg, leaves, load_cfg, pretrained_path
-from d2ssl.data.build import count_photos, register_datasets
+from d2ssl.data.build import check_classes, count_photos, register_datasets
 from d2ssl.data.datasets import ensure_registered
 from d2ssl.engine.auto import resolve_auto
 from d2ssl.errors import D2SSLError
@@ -254,7 +254,9 @@ def read_study(
     asked = _read(file)
     common = dict(asked["COMMON"])
     if len(opts) % 2:
-        raise D2SSLError(f"{' '.join(opts)}: overrides are pairs, KEY VALUE")
+        raise D2SSLError(
+            f'{" ".join(opts)}: overrides are pairs, KEY VALUE; quote a list, BUDGETS "[8, 16]"'
+        )
     for key, value in zip(opts[::2], opts[1::2]):
         if key in asked:
             asked[key] = yaml.safe_load(value)
@@ -264,11 +266,21 @@ def read_study(
             raise D2SSLError(_unknown(key, DEFAULTS, "overrides"))
     _check_types(file, asked)
     base = os.path.join(os.path.dirname(file), asked["CONFIG"])
+    if not os.path.isfile(base):
+        raise D2SSLError(
+            f"{file}: CONFIG {base}: no such file; its path is relative to the study's"
+        )
+    if asked["ARMS"]:  # or a fault of all arms would be said to be the first one's
+        _arm_cfg(f"{file}: COMMON, overrides", base, common, register)
     arms = {}
-    for name, overlay in asked["ARMS"].items():
+    for name in asked["ARMS"]:
         keys = {**common, **_inherited(file, asked["ARMS"], name)}
         matched = keys.pop("COMPUTE_MATCHED", "")
-        cfg = _arm_cfg(file, name, base, keys, register)
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise D2SSLError(
+                f"{file}: arm {name}: names are folders, too; use letters, digits and _ . + -"
+            )
+        cfg = _arm_cfg(f"{file}: arm {name}", base, keys, register)
         if elsewhere:
             cfg.defrost()
             cfg.MODEL.DEVICE = keys.get("MODEL.DEVICE", "cuda")
@@ -332,10 +344,7 @@ def _inherited(file: str, arms: Mapping[str, dict], name: str, seen: Tuple = ())
     return {**_inherited(file, arms, parent, (*seen, name)), **overlay}
 
 
-def _arm_cfg(file: str, name: str, base: str, keys: Mapping[str, object], register) -> CfgNode:
-    where = f"{file}: arm {name}"
-    if not re.fullmatch(r"[\w.+-]+", name):
-        raise D2SSLError(f"{where}: names are folders, too; use letters, digits and _ . + -")
+def _arm_cfg(where: str, base: str, keys: Mapping[str, object], register) -> CfgNode:
     for key in keys:
         if key in OWN:
             raise D2SSLError(f"{where}: {key} is set by {OWN[key]}; leave it out")
@@ -372,7 +381,11 @@ def _check(file: str, study: Study) -> None:
         study.baseline in arms,
         f"BASELINE {study.baseline or '(missing)'}: choose from {', '.join(arms)}",
     )
-    require(not arms[study.baseline].matched, "BASELINE: cannot be a compute-matched arm")
+    require(
+        not (arms[study.baseline].matched or arms[study.baseline].pretrains),
+        f"BASELINE {study.baseline}: must be without pretraining and not compute-matched; give it "
+        "SSL.ENABLED: False",
+    )
     for arm in arms.values():
         other = arms.get(arm.matched)
         require(
@@ -404,6 +417,12 @@ def _check(file: str, study: Study) -> None:
     require(study.curve_points >= 1, "CURVE_POINTS: give 1 or more")
     require(study.test != study.train, "DATASETS.TEST is TRAIN: the photos must be others")
     for arm in arms.values():
+        weights = arm.cfg.MODEL.WEIGHTS
+        require(
+            not weights or "://" in weights or os.path.isfile(weights),
+            f"arm {arm.name}: MODEL.WEIGHTS {weights}: no such file",
+        )
+        check_classes(arm.cfg, [study.train, study.test])  # before hours of training
         require(
             not arm.pretrains or study.test not in arm.cfg.SSL.DATASETS,
             f"arm {arm.name}: SSL.DATASETS has the test photos, {study.test}; leave them out",

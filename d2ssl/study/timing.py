@@ -91,7 +91,8 @@ def timings(study: Study, call, threads: int) -> Dict[str, Dict[str, float]]:
                 raise D2SSLError(
                     f"{study.output}: {arm.name} was not begun yet; leave --report-only out"
                 )
-            print(f"timing {'pretraining' if pretraining else 'fine-tuning'} of {arm.name} ...")
+            what = "pretraining" if pretraining else "fine-tuning"
+            print(f"timing {what} of {arm.name}, once, some minutes at most ...", flush=True)
             known[kind] = call(measure, arm, study.train, pretraining, threads)
             make_folder(study.output)
             with atomic_open(path, "w") as file:

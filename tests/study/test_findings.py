@@ -137,8 +137,8 @@ def test_an_arm_is_judged_against_the_same_without_pretraining(make):
     """Weights from elsewhere are not pretraining's merit."""
     arms = {
         "scratch": {"SSL.ENABLED": False},
-        "coco": {"SSL.ENABLED": False, "MODEL.WEIGHTS": "coco.pkl"},
-        "coco+soco": {"MODEL.WEIGHTS": "coco.pkl"},
+        "coco": {"SSL.ENABLED": False, "MODEL.WEIGHTS": "detectron2://coco.pkl"},
+        "coco+soco": {"MODEL.WEIGHTS": "detectron2://coco.pkl"},
         "coco-longer": {"FROM": "coco", "COMPUTE_MATCHED": "coco+soco"},
     }
     counts = {"scratch": [4, 4, 5], "coco": [12, 12, 13], "coco+soco": [12, 12, 13],
@@ -157,6 +157,14 @@ def test_labels_are_worth_what_was_measured(make):
     worth = of(found["differences"], "soco", 3)["worth"]
     assert worth["between"] == [3, 6] and worth["labels"][0] is None
     assert "what more than 6 [" in found["answer"][0]
+
+
+def test_detectors_that_find_nothing_prove_nothing(make):
+    """No variance, no difference, and no verdict: "does not pay" would be believed."""
+    found = make({(arm, 3): [[], [], []] for arm in ("scratch", "soco", "longer")})
+    difference = of(found["differences"], "soco", 3)
+    assert difference["verdict"] == UNKNOWN and difference["more"] is None
+    assert "nothing to compare: train longer" in found["answer"][0]
 
 
 def test_what_scatters_cannot_be_told_yet(make):

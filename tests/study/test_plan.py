@@ -122,15 +122,19 @@ def test_recipe_differences(write_study):
         "scratch": {"SSL.ENABLED": False},
         "soco": {"SSL.SOLVER.BASE_LR": 0.3},
         "soco-fast": {"SOLVER.BASE_LR": 0.5},
-        "coco": {"SSL.ENABLED": False, "MODEL.WEIGHTS": "coco.pkl", "MODEL.BACKBONE.FREEZE_AT": 2},
-        "coco+soco": {"MODEL.WEIGHTS": "coco.pkl"},
+        "coco": {
+            "SSL.ENABLED": False,
+            "MODEL.WEIGHTS": "detectron2://coco.pkl",
+            "MODEL.BACKBONE.FREEZE_AT": 2,
+        },
+        "coco+soco": {"MODEL.WEIGHTS": "detectron2://coco.pkl"},
     }
     study = read_study(write_study(ARMS=arms))
     assert study.without(study.arms["soco"]) == "scratch"
     assert recipe_differences(study) == {
         "soco-fast": {"SOLVER.BASE_LR": (0.5, 0.02)},
         # Like coco but for what it does not freeze: that would be taken for pretraining's merit.
-        "coco+soco": {"MODEL.WEIGHTS": ("coco.pkl", "")},
+        "coco+soco": {"MODEL.WEIGHTS": ("detectron2://coco.pkl", "")},
     }
 
 
@@ -169,18 +173,28 @@ def test_on_slurm_the_gpu_need_not_be_here(write_study):
         ({"ARMS": {"scratch": {"SSL.ENABLED": False, "SEED": 3}}}, "SEED is set by SEEDS"),
         ({"ARMS": {"scratch": {"SSL.ENABLD": False}}}, "arm scratch: config key SSL.ENABLD"),
         ({"ARMS": {"scratch": {"FROM": "scratch"}}}, "arm scratch is FROM scratch"),
+        ({"ARMS": {"scratch": {}}}, "BASELINE scratch: must be without pretraining"),
+        ({"COMMON": {"SOLVER.MAX_ITERS": 3}}, "COMMON, overrides: config key SOLVER.MAX_ITERS"),
+        ({"COMMON": {"MODEL.ROI_HEADS.NUM_CLASSES": 2}}, "NUM_CLASSES is 2, and balloon_demo"),
+        ({"COMMON": {"MODEL.WEIGHTS": "no.pth"}}, "arm scratch: MODEL.WEIGHTS no.pth: no such"),
+        ({"CONFIG": "nowhere.yaml"}, "nowhere.yaml: no such file; its path is relative to"),
         ({"ARMS": {"a b": {}}, "BASELINE": "a b"}, "names are folders"),
         (
-            {"ARMS": {"scratch": {"SSL.DATASETS": ["balloon_demo_val"]}}},
-            "arm scratch: SSL.DATASETS has the test photos, balloon_demo_val",
+            {
+                "ARMS": {
+                    "scratch": {"SSL.ENABLED": False},
+                    "x": {"SSL.DATASETS": ["balloon_demo_val"]},
+                }
+            },
+            "arm x: SSL.DATASETS has the test photos, balloon_demo_val",
         ),
         (
             {"ARMS": {"scratch": {"SSL.ENABLED": False}, "x": {"COMPUTE_MATCHED": "scratch"}}},
             "arm x: COMPUTE_MATCHED scratch: name an arm that pretrains",
         ),
         (
-            {"ARMS": {"scratch": {}, "x": {"COMPUTE_MATCHED": "scratch"}}},
-            "arm x: spends the time of scratch on fine-tuning",
+            {"ARMS": {"scratch": {"SSL.ENABLED": False}, "y": {}, "x": {"COMPUTE_MATCHED": "y"}}},
+            "arm x: spends the time of y on fine-tuning",
         ),
     ],
 )
@@ -197,9 +211,12 @@ def test_an_override_that_is_none(write_study):
         read_study("nowhere.yaml")
 
 
-def test_the_studies_in_configs(write_study):
+def test_the_studies_in_configs(write_study, tmp_path, monkeypatch):
     """On the drawn photos: the yamls name sets that are not everywhere."""
     write_study()  # registers them
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "donor.pth").touch()  # that a user makes first
     sets = ["TRAIN", "balloon_demo_train", "DATASETS.TEST", "('balloon_demo_val',)"]
     sets += ["SSL.DATASETS", "('balloon_demo_unlabeled',)", "BUDGETS", "[3]", "DEV", "2"]
     for file in sorted((CONFIGS / "study").glob("*.yaml")):
