@@ -9,6 +9,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import statistics
 import subprocess
 import time
@@ -202,7 +203,7 @@ class Launcher:
             reason = " ".join(str(error).split())[:300]
             raise D2SSLError(f"--cluster slurm: {reason}") from error
 
-        if slurm is not None and subprocess.run(["sacct", "-X"], capture_output=True).returncode:
+        if slurm is not None and not _sacct_works():
             logging.getLogger("d2ssl").warning(
                 "sacct does not work here: a job that SLURM stops is waited for until you press "
                 "Ctrl-C; the same command tries it again"
@@ -265,6 +266,12 @@ class Launcher:
     def _release(self, gpu: Optional[int]) -> None:
         if gpu is not None:
             self.free.append(gpu)
+
+
+def _sacct_works() -> bool:
+    """submitit asks it whether a job still runs; it needs SLURM's accounting."""
+    found = shutil.which("sacct")
+    return found is not None and not subprocess.run([found, "-X"], capture_output=True).returncode
 
 
 @contextlib.contextmanager
