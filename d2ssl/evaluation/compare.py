@@ -309,6 +309,22 @@ def seconds_left(results: Iterable[dict], waiting: Iterable[Run]) -> float:
     return sum(statistics.fmean(took.get(run.method, everything)) for run in waiting)
 
 
+def versions() -> Dict[str, str]:
+    """Of what results depend on, for those who repeat them."""
+    return {
+        "d2ssl": __version__,
+        "Detectron2": detectron2.__version__,
+        "PyTorch": str(torch.__version__),
+        "Python": platform.python_version(),
+    }
+
+
+def device_name(cfg) -> str:
+    if cfg.MODEL.DEVICE.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} thread(s)"
+
+
 def comparison(
     runs: Sequence[Run], results: Sequence[Optional[dict]], ask: BoxRetrieval, **settings
 ) -> dict:
@@ -319,18 +335,10 @@ def comparison(
     """
     known = [result for result in results if result]
     cfg = runs[0].cfg
-    on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     return {
         **settings,
-        "versions": {
-            "d2ssl": __version__,
-            "Detectron2": detectron2.__version__,
-            "PyTorch": str(torch.__version__),
-            "Python": platform.python_version(),
-        },
-        "device": torch.cuda.get_device_name()
-        if on_gpu
-        else f"CPU, {torch.get_num_threads()} thread(s)",
+        "versions": versions(),
+        "device": device_name(cfg),
         "start": os.path.basename(cfg.MODEL.WEIGHTS) or "random weights",
         "seeds": list(dict.fromkeys(run.seed for run in runs)),
         "retrieval": {

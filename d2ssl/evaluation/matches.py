@@ -1,7 +1,7 @@
 """Which detections found which objects: what COCO's AP follows from, for any choice of photos.
 
 pycocotools matches once; AP on photos drawn with replacement, on a single photo, or above a score
-follows from the matches in microseconds. That is what a bootstrap over test photos needs.
+follows from the matches in a fraction of a millisecond. A bootstrap over test photos needs that.
 """
 
 import contextlib

@@ -4,14 +4,14 @@ import html
 import json
 import math
 import os
-from typing import Dict, Iterable, Sequence, Tuple
+from typing import Dict, Sequence
 
 import detectron2
 import torch
 from PIL import Image
 
 from d2ssl import __version__
-from d2ssl.config import finetune_cfg, get_cfg, method_title, pretrain_cfg, pretrained_path
+from d2ssl.config import changed, finetune_cfg, method_title, pretrain_cfg, pretrained_path
 from d2ssl.data.build import count_photos, load_dicts
 from d2ssl.report import pieces, plots
 from d2ssl.report.pictures import compare_predictions, predictions_file
@@ -241,22 +241,12 @@ def _predictions(stage) -> str:
 
 
 def _settings(cfg) -> str:
-    changed = changed_keys(cfg.SSL, get_cfg().SSL, "SSL.")
-    lines = "\n".join(f"{key}: {value}" for key, value in changed)
+    lines = "\n".join(f"{k}: {v}" for k, v in changed(cfg).items() if k.startswith("SSL."))
     return (
         "<h2>Settings</h2>"
         + pieces.folded("SSL keys that differ from their defaults", lines or "none")
         + pieces.line("config.yaml in the output folder holds all keys.")
     )
-
-
-def changed_keys(node, default, prefix: str = "") -> Iterable[Tuple[str, object]]:
-    """(dotted key, value) of each leaf of a config node that differs from ``default``."""
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from changed_keys(value, default.get(name, {}), f"{prefix}{name}.")
-        elif name not in default or default[name] != value:
-            yield f"{prefix}{name}", value
 
 
 # What the run was, in words.

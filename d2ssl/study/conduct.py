@@ -15,7 +15,7 @@ from d2ssl.errors import D2SSLError
 from d2ssl.study.findings import Results, findings
 from d2ssl.study.jobs import Launcher
 from d2ssl.study.page import write_study
-from d2ssl.study.plan import Pretraining, Run, Study, Task, plan, recipe_differences
+from d2ssl.study.plan import Run, Study, Task, plan, recipe_differences
 from d2ssl.study.timing import matched_iterations, seconds_of, timings, total
 
 logger = logging.getLogger("d2ssl")
@@ -142,15 +142,11 @@ class Conductor:
     def write(self) -> str:
         """Write the page from what is done; its path."""
         took: Dict[str, List[float]] = {}
-        for task, result in self.outcomes.items():
-            if isinstance(task, Pretraining) and result and not result["failed"]:
-                took.setdefault(task.key, []).append(result["seconds"])
-        of_arm = {
-            arm: [s for task in self.tasks if isinstance(task, Run) and task.arm == arm
-                  and task.needs for s in took.get(task.needs.key, [])]
-            for arm in self.study.arms
-        }  # fmt: skip
-        means = {arm: statistics.fmean(values) for arm, values in of_arm.items() if values}
+        for arm, pretraining in {(task.arm, task.needs) for task in self.tasks if task.needs}:
+            result = self.outcomes[pretraining]
+            if result and not result["failed"]:
+                took.setdefault(arm, []).append(result["seconds"])
+        means = {arm: statistics.fmean(values) for arm, values in took.items()}
         found = findings(self.study, self.results, means)
         return write_study(
             self.study, self.results, found, self.outcomes, self.seconds, self.command

@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
@@ -26,6 +27,7 @@ from d2ssl.atomic import atomic_open
 from d2ssl.config import finetune_cfg, pretrain_cfg
 from d2ssl.data.datasets.files import read_json
 from d2ssl.errors import D2SSLError, Diverged
+from d2ssl.evaluation.compare import device_name
 from d2ssl.evaluation.matches import TASKS, match
 from d2ssl.report.pictures import predictions_file
 from d2ssl.report.plots import read_metrics, series
@@ -85,12 +87,6 @@ def with_device(cfg):
     return cfg
 
 
-def device_name(cfg) -> str:
-    if cfg.MODEL.DEVICE.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} thread(s)"
-
-
 def _identity(task: Task) -> dict:
     if isinstance(task, Pretraining):
         return {"arm": task.arm, "seed": task.seed, "key": task.key}
@@ -129,9 +125,9 @@ def _finetune(task: Run, cfg) -> dict:
 
 def _goes_on(task: Task) -> bool:
     """Whether what lies in the folder was begun with the same key, which is noted there."""
-    note = os.path.join(task.folder, "key")
-    begun = os.path.isfile(note) and open(note).read() == task.key
-    with atomic_open(note, "w") as file:
+    note = Path(task.folder, "key")
+    begun = note.is_file() and note.read_text() == task.key
+    with atomic_open(str(note), "w") as file:
         file.write(task.key)
     return begun
 

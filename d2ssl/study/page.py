@@ -5,19 +5,16 @@ import html
 import io
 import json
 import os
-import platform
 from typing import Dict, List, Mapping, Optional, Sequence
 
-import detectron2
 import numpy as np
-import torch
 from detectron2.data import MetadataCatalog
 
-from d2ssl import __version__
 from d2ssl.atomic import atomic_open, make_folder
 from d2ssl.config import changed, finetune_cfg, method_title
 from d2ssl.data.datasets.catalog import decoded, listed
 from d2ssl.data.photos import read_photo
+from d2ssl.evaluation.compare import versions
 from d2ssl.evaluation.matches import TASKS
 from d2ssl.report import pieces
 from d2ssl.report.pictures import draw_objects, predictions_file, read_predictions
@@ -28,17 +25,8 @@ from d2ssl.study.plan import Run, Study, Task, recipe_differences
 SIDE = 300  # of a picture, the longer one, in pixels
 SURE = 0.5  # predictions below it are not drawn
 FEW_PHOTOS = 200  # of the test: up to here study.json holds what each detection matched
-COLUMNS = (
-    "arm",
-    "budget",
-    "subset",
-    "seed",
-    "segm AP",
-    "bbox AP",
-    "iterations",
-    "seconds",
-    "failed",
-)
+COLUMNS = ("arm", "budget", "subset", "seed", "segm AP", "bbox AP", "iterations", "seconds",
+           "failed")  # fmt: skip
 
 
 def write_study(
@@ -85,12 +73,7 @@ def describe(study: Study, outcomes, seconds, command: str) -> dict:
     devices = {result["device"]: None for result in outcomes.values() if result}
     return {
         "command": command,
-        "versions": {
-            "d2ssl": __version__,
-            "Detectron2": detectron2.__version__,
-            "PyTorch": str(torch.__version__),
-            "Python": platform.python_version(),
-        },
+        "versions": versions(),
         "device": "; ".join(filter(None, devices)),
         "baseline": study.baseline,
         "train": study.train,

@@ -164,6 +164,10 @@ class Task:
     key: str
 
     @property
+    def seed(self) -> int:
+        return self.cfg.SEED
+
+    @property
     def folder(self) -> str:
         return self.cfg.OUTPUT_DIR
 
@@ -194,10 +198,6 @@ class Pretraining(Task):
 
     needs = None
 
-    @property
-    def seed(self) -> int:
-        return self.cfg.SEED
-
     def result(self) -> Optional[dict]:
         done = super().result()
         return done if done and (done["failed"] or os.path.isfile(self.weights)) else None
@@ -218,10 +218,6 @@ class Run(Task):
     budget: int
     subset: Union[int, str]
     needs: Optional[Pretraining] = None
-
-    @property
-    def seed(self) -> int:
-        return self.cfg.SEED
 
     def __str__(self):
         subset = f"the first of {self.subset}" if self.subset == FIRST else f"subset {self.subset}"
@@ -270,17 +266,24 @@ def read_study(
         raise D2SSLError(
             f"{file}: CONFIG {base}: no such file; its path is relative to the study's"
         )
-    if asked["ARMS"]:  # or a fault of all arms would be said to be the first one's
-        _arm_cfg(f"{file}: COMMON, overrides", base, common, register)
     arms = {}
     for name in asked["ARMS"]:
-        keys = {**common, **_inherited(file, asked["ARMS"], name)}
-        matched = keys.pop("COMPUTE_MATCHED", "")
+        overlay = _inherited(file, asked["ARMS"], name)
+        matched = overlay.pop("COMPUTE_MATCHED", "")
         if not re.fullmatch(r"[\w.+-]+", name):
             raise D2SSLError(
                 f"{file}: arm {name}: names are folders, too; use letters, digits and _ . + -"
             )
-        cfg = _arm_cfg(f"{file}: arm {name}", base, keys, register)
+        keys = {**common, **overlay}
+        try:
+            cfg = _arm_cfg(base, keys, register)
+        except D2SSLError as error:
+            where = (
+                "COMMON, overrides"
+                if _fault(base, common, register) == str(error)
+                else f"arm {name}"
+            )
+            raise D2SSLError(f"{file}: {where}: {error}") from error
         if elsewhere:
             cfg.defrost()
             cfg.MODEL.DEVICE = keys.get("MODEL.DEVICE", "cuda")
@@ -344,19 +347,25 @@ def _inherited(file: str, arms: Mapping[str, dict], name: str, seen: Tuple = ())
     return {**_inherited(file, arms, parent, (*seen, name)), **overlay}
 
 
-def _arm_cfg(where: str, base: str, keys: Mapping[str, object], register) -> CfgNode:
+def _arm_cfg(base: str, keys: Mapping[str, object], register) -> CfgNode:
     for key in keys:
         if key in OWN:
-            raise D2SSLError(f"{where}: {key} is set by {OWN[key]}; leave it out")
+            raise D2SSLError(f"{key} is set by {OWN[key]}; leave it out")
+    cfg = load_cfg(base, [word for pair in keys.items() for word in pair])
+    cfg.defrost()
+    cfg.SSL.REGISTER = (*cfg.SSL.REGISTER, *register)
+    cfg.freeze()
+    register_datasets(cfg)
+    return resolve_auto(cfg)
+
+
+def _fault(base: str, common: Mapping[str, object], register) -> str:
+    """What is wrong without any arm; empty if nothing is."""
     try:
-        cfg = load_cfg(base, [word for pair in keys.items() for word in pair])
-        cfg.defrost()
-        cfg.SSL.REGISTER = (*cfg.SSL.REGISTER, *register)
-        cfg.freeze()
-        register_datasets(cfg)
-        return resolve_auto(cfg)
+        _arm_cfg(base, common, register)
     except D2SSLError as error:
-        raise D2SSLError(f"{where}: {error}") from error
+        return str(error)
+    return ""
 
 
 def _count(file: str, train: str) -> int:

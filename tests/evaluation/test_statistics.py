@@ -146,16 +146,18 @@ def test_seeds_needed_when_the_photos_leave_too_much_doubt():
 def test_what_photos_leave_open_for_each_run_anew_more_runs_do_resolve():
     """Each run is good on other photos: of the doubt that is left almost nothing is shared."""
     random = np.random.default_rng(0)
-    boot, shares = Bootstrap(13), []
+    boot, shares, needed = Bootstrap(13), [], []
     for _ in range(30):
         tables = random.normal(size=(5, 13)) * 15
         runs = dict(enumerate(tables.mean(1)))
         redrawn = {run: boot.photos @ row / 13 for run, row in enumerate(tables)}
         found = boot.mean(runs, redrawn, itself(runs))
         shares.append(found.photo_se**2 / (found.photo_se**2 + found.photo_sd**2))
-        needed = seeds_needed(found, 6.0)
-        assert needed is None or needed > 2
+        needed.append(seeds_needed(found, 6.0))
     assert np.median(shares) < 0.1
+    # Runs scatter by 15 / sqrt(13) = 4.2 on these photos and as much again over photos, 5.9 in all:
+    # the paired t test takes 10 for an effect of 6.
+    assert None not in needed and 8 <= np.median(needed) <= 12
 
 
 def test_a_coverage_on_ap_itself():
@@ -178,7 +180,7 @@ def test_a_coverage_on_ap_itself():
         found.append(boot.mean(values, redrawn, itself(values)))
     truth = np.mean([e.mean for e in found])
     held = np.mean([e.interval[0] <= truth <= e.interval[1] for e in found])
-    assert truth > 3 and 0.9 <= held
+    assert truth > 3 and 0.95 <= held
 
 
 def made_up(random, objects, ease):
