@@ -15,7 +15,7 @@ from d2ssl.atomic import atomic_open, make_folder
 from d2ssl.config import finetune_cfg, pretrain_cfg, pretrained_path
 from d2ssl.data.build import check_classes, detection_sets, register_datasets
 from d2ssl.engine.auto import resolve_auto
-from d2ssl.engine.checkpoint import load_weights
+from d2ssl.engine.checkpoint import load_weights, refuse_other_conventions
 from d2ssl.engine.handoff import hand_off
 from d2ssl.engine.precision import apply_precision
 from d2ssl.engine.trainer import FinetuneTrainer, PretrainTrainer
@@ -117,6 +117,7 @@ def evaluate_only(cfg) -> Dict:
     cfg = set_up(cfg, keep_config=False)
     model = build_model(cfg)
     report = load_weights(model, cfg.MODEL.WEIGHTS)
+    refuse_other_conventions(cfg, report)
     check_classes(cfg, cfg.DATASETS.TEST, report.classes)
     if report.missing or report.mismatched:
         logger.warning("Not all of the detector is in this file.\n%s", report)

@@ -13,6 +13,7 @@ from torch import nn
 from d2ssl.atomic import atomic_open
 from d2ssl.data.datasets import ensure_registered
 from d2ssl.data.datasets.catalog import listed
+from d2ssl.engine.weights_file import TORCHVISION, differing_keys, quoted
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.predictors import class_names, describe_fit, fit_predictors, predictors_in
 from d2ssl.modeling.trunk import part_of
@@ -44,6 +45,7 @@ class MatchReport:
     mismatched: List[str] = field(default_factory=list)  # in both, shapes differ
     predictors: str = ""  # what was done to those for other classes
     classes: List[str] = field(default_factory=list)  # that they are for now, where it is known
+    conventions: Dict[str, object] = field(default_factory=dict)  # config keys, in a hand-off
 
     def by_part(self) -> Dict[str, Dict[str, int]]:
         """part -> counts of loaded, missing and mismatched tensors."""
@@ -116,9 +118,11 @@ class Checkpointer(DetectionCheckpointer):
         self._wanted = (), ()
         self._fit: Tuple[str, List[str]] = "", []
         self._incompatible = None
+        self._conventions: Dict[str, object] = {}
 
     def _load_model(self, checkpoint):
         model = self.model.state_dict()
+        self._conventions = checkpoint.get("d2ssl", {}).get("config", {})
         _convolution_bias_to_norm(checkpoint["model"], model)
         self._fit = _fit_predictors(checkpoint, model, *self._wanted)
         self._incompatible = super()._load_model(checkpoint)
@@ -179,6 +183,7 @@ class Checkpointer(DetectionCheckpointer):
             mismatched=mismatched,
             predictors=self._fit[0],
             classes=self._fit[1],
+            conventions=self._conventions,
         )
         if not report.loaded:
             raise D2SSLError(
@@ -197,6 +202,24 @@ def load_weights(
     if not path:
         return MatchReport("none, all random", missing=list(model.state_dict()))
     return Checkpointer(model).load_report(path, classes, file_classes)
+
+
+def refuse_other_conventions(cfg, report: MatchReport) -> None:
+    """Weights that say what they were made under are not used under anything else.
+
+    Colour order, mean, std and stride are in no tensor: all would load, and compute something else.
+
+    Raises:
+        D2SSLError: naming the keys that differ and their values.
+    """
+    wanted = {key: report.conventions[key] for key in TORCHVISION if key in report.conventions}
+    differing = differing_keys(cfg, wanted)
+    if differing:
+        values = ", ".join(f"{key} {quoted(value)}" for key, value in differing.items())
+        raise D2SSLError(
+            f"MODEL.WEIGHTS {report.path} were made with {values}; this config says otherwise, and "
+            "they would load and compute something else: set it so (tools/doctor.py tells more)"
+        )
 
 
 def training_classes(cfg) -> List[str]:

@@ -27,6 +27,7 @@ from d2ssl.engine.checkpoint import (
     MatchReport,
     fitting,
     load_weights,
+    refuse_other_conventions,
     training_classes,
 )
 from d2ssl.engine.coco import build_evaluator, flatten
@@ -108,6 +109,7 @@ class Trainer(DefaultTrainer):
     def start_from(self, report: MatchReport) -> None:
         """Make the norms fit, after weights were loaded for a fresh start."""
         logger.info("%s", report)
+        refuse_other_conventions(self.cfg, report)
 
     def uses_bf16(self) -> bool:
         raise NotImplementedError

@@ -11,7 +11,8 @@ from detectron2.modeling import build_model
 
 from d2ssl.config import pretrained_path
 from d2ssl.engine.handoff import _earlier_methods
-from d2ssl.pipeline import pretrain
+from d2ssl.errors import D2SSLError
+from d2ssl.pipeline import evaluate_only, finetune, pretrain
 
 # Runs where d2ssl cannot be imported, and builds everything from stock.yaml.
 STOCK = """
@@ -102,6 +103,29 @@ def test_norms_hold_the_photos_statistics(handed_off):
     assert handed.abs().sum() > 0 and not torch.allclose(
         handed, checkpoint[f"trunk.{name}"], rtol=0.05
     )
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("INPUT.FORMAT", "RGB"),
+        ("MODEL.PIXEL_STD", [58.395, 57.12, 57.375]),
+        ("MODEL.RESNETS.STRIDE_IN_1X1", False),
+    ],
+)
+def test_training_refuses_what_no_tensor_shows(handed_off, tmp_path, key, value):
+    cfg, _ = handed_off
+    path = pretrained_path(cfg)
+    other = cfg.clone()
+    other.defrost()
+    other.merge_from_list(
+        [key, value, "SSL.ENABLED", False, "MODEL.WEIGHTS", path, "OUTPUT_DIR", str(tmp_path)]
+    )
+    with pytest.raises(D2SSLError, match=f"were made with {key}.*doctor"):
+        finetune(other)
+    with pytest.raises(D2SSLError, match=f"were made with {key}"):
+        evaluate_only(other)
+    assert not list(tmp_path.rglob("*.pth"))
 
 
 def test_provenance_says_what_the_weights_are(handed_off):
