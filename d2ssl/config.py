@@ -33,6 +33,7 @@ PAIR = ([str, float], [str, int])  # an entry of SSL.METHODS
 BATCH_NORMS = ("FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN")
 # DATALOADER.SAMPLER_TRAIN, see d2ssl.data.sampling; the last is not Detectron2's.
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "ClassBalancedSampler")
+STUDY_KEYS = ("CONFIG", "COMMON", "BUDGETS", "ARMS")  # of another kind of yaml
 
 
 def add_ssl_config(cfg: CN) -> None:
@@ -223,6 +224,8 @@ def _explain(cfg: CN, error: Exception) -> str:
     if not match:
         return f"config: {' '.join(message.split())}"
     key = match.group(1)
+    if key in STUDY_KEYS:
+        return f"config key {key} is a study's: give this file to tools/study.py"
     keys = list(_leaf_keys(cfg))
     # A typo in the last name is likelier than one in the path, so that is looked for first.
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)

@@ -2,6 +2,7 @@ import pytest
 
 from d2ssl.config import finetune_cfg, load_cfg, pretrain_cfg, stock_cfg
 from d2ssl.errors import D2SSLError
+from tests.conftest import CONFIGS
 
 PHOTOS = ["SSL.DATASETS", "('photos',)"]
 
@@ -100,6 +101,11 @@ def test_missing_file_and_unknown_key_in_file(tmp_path):
     bad.write_text("SSL:\n  METOD: SoCo\n")
     with pytest.raises(D2SSLError, match="nearest is SSL.METHOD"):
         load_cfg(str(bad))
+
+
+def test_a_study_is_sent_to_its_tool():
+    with pytest.raises(D2SSLError, match="CONFIG is a study's: give this file to tools/study.py"):
+        load_cfg(str(CONFIGS / "study" / "demo.yaml"))
 
 
 def test_negative_seed_becomes_zero():
