@@ -113,6 +113,15 @@ def add_ssl_config(cfg: CN) -> None:
     ssl.SOCO.BOX_JITTER = 0.1  # of one view's box, as a share of its side
     ssl.SOCO.MIN_BOX_SIZE = 16  # pixels of the view, after clipping
 
+    # While it fine-tunes, the detector labels the photos of SSL.DATASETS that nobody labelled, and
+    # goes on with both.
+    ssl.SELF_TRAINING = CN()
+    ssl.SELF_TRAINING.ENABLED = False
+    ssl.SELF_TRAINING.AT = (0.5,)  # after these shares of SOLVER.MAX_ITER
+    ssl.SELF_TRAINING.SCORE = 0.6  # what is found with at least this score becomes a label,
+    ssl.SELF_TRAINING.UNSURE = 0.1  # what has at least this one is painted over: neither is right
+    ssl.SELF_TRAINING.LABELED = 0.5  # share of photos with labels of their own, from then on
+
     # What fine-tuning can do beyond stock Detectron2; at its defaults it is stock.
     ssl.FINETUNE = CN()
     ssl.FINETUNE.OPTIMIZER = "SGD"
@@ -274,6 +283,27 @@ def _check(cfg: CN) -> None:
     require(
         not ssl.ENABLED or ssl.DATASETS,
         "SSL.DATASETS is empty; name the photos to pretrain on, or set SSL.ENABLED False",
+    )
+    self_training = ssl.SELF_TRAINING
+    require(
+        not self_training.ENABLED or ssl.DATASETS,
+        "SSL.DATASETS is empty; name the photos that SSL.SELF_TRAINING is to label",
+    )
+    for key, values in (("AT", self_training.AT), ("LABELED", [self_training.LABELED])):
+        require(
+            bool(values) and all(type(x) in (int, float) and 0 < x < 1 for x in values),
+            f"SSL.SELF_TRAINING.{key} {self_training[key]}: give shares between 0 and 1, e.g. 0.5",
+        )
+    require(
+        0 < self_training.UNSURE <= self_training.SCORE <= 1,
+        f"SSL.SELF_TRAINING: UNSURE {self_training.UNSURE} and SCORE {self_training.SCORE}: give "
+        "0 < UNSURE <= SCORE <= 1",
+    )
+    lowest = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
+    require(
+        not self_training.ENABLED or self_training.UNSURE >= lowest,
+        f"SSL.SELF_TRAINING.UNSURE {self_training.UNSURE}: the detector gives nothing below "
+        f"MODEL.ROI_HEADS.SCORE_THRESH_TEST {lowest}; lower that one",
     )
     for key in ("VIEW_SIZE", "SMALL_VIEW_SIZE"):
         size = ssl.INPUT[key]

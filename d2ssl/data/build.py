@@ -63,7 +63,8 @@ def call_register_functions(entries: Sequence[str], option: str = "SSL.REGISTER"
 
 def dataset_names(cfg) -> List[str]:
     """Every data set that the enabled stages of a config use."""
-    return [*detection_sets(cfg), *(cfg.SSL.DATASETS if cfg.SSL.ENABLED else ())]
+    unlabeled = cfg.SSL.ENABLED or cfg.SSL.SELF_TRAINING.ENABLED
+    return [*detection_sets(cfg), *(cfg.SSL.DATASETS if unlabeled else ())]
 
 
 def detection_sets(cfg) -> List[str]:
@@ -198,14 +199,23 @@ def build_finetune_loader(cfg) -> StreamLoader:
         if len(labelled) < len(dicts):
             logger.info("%d photos without annotation left out", len(dicts) - len(labelled))
         dicts = labelled
-    options = cfg.SSL.FINETUNE
+    options, self_training = cfg.SSL.FINETUNE, cfg.SSL.SELF_TRAINING.ENABLED
     largest = max(cfg.INPUT.MIN_SIZE_TRAIN) * max([1.0, *options.SCALE_JITTER])
-    store = _store(cfg, dicts, math.ceil(largest))
-    # What is left of a covered object is pixels.
-    masks = "bitmask" if options.COPY_PASTE > 0 else mask_format(cfg, dicts)
+    later = unlabeled_photos(cfg, dicts) if self_training else []
+    store = _store(cfg, dicts + later, math.ceil(largest))
+    # What is left of a covered object, and what a detector finds, is pixels.
+    pixels = options.COPY_PASTE > 0 or self_training
+    masks = "bitmask" if pixels else mask_format(cfg, dicts)
     mapper = DetectionMapper(cfg, store.get, mask_format=masks, others=dicts)
     solver, workers, order = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, build_order(cfg, dicts)
     return StreamLoader(dicts, mapper, solver.IMS_PER_BATCH, cfg.SEED, workers, order)
+
+
+def unlabeled_photos(cfg, labeled: Sequence[dict]) -> List[dict]:
+    """The photos of ``SSL.DATASETS`` that are not among the labelled ones, without annotations."""
+    known = {os.path.realpath(d["file_name"]) for d in labeled}
+    photos = load_photos(cfg.SSL.DATASETS)
+    return [d for d in photos if os.path.realpath(d["file_name"]) not in known]
 
 
 def mask_format(cfg, dicts: List[dict]) -> str:
@@ -219,7 +229,7 @@ def mask_format(cfg, dicts: List[dict]) -> str:
 def build_validation_batches(cfg, names: Sequence[str], limit: int = 64) -> List[List[dict]]:
     """Up to ``limit`` annotated photos at test size, one a batch, held in memory."""
     dicts = [d for d in load_dicts(names) if d.get("annotations")]
-    mapper = _test_mapper(cfg, mask_format(cfg, dicts))
+    mapper = test_mapper(cfg, mask_format(cfg, dicts))
     return [[mapper(d)] for d in spread(dicts, limit)]
 
 
@@ -230,7 +240,7 @@ def calibration_batches(cfg, names: Sequence[str], limit: int, size: int = 16) -
     batch, each would be whitened by itself, and what differs between photos would be lost. Equal
     sides, multiples of 32, keep padding out of the statistics.
     """
-    mapper = _test_mapper(cfg)
+    mapper = test_mapper(cfg)
     dicts = spread(load_photos(names), limit)
     images = [mapper(d)["image"] for d in dicts]
     count = math.ceil(len(images) / size)
@@ -247,7 +257,8 @@ def _equal_crops(images: List[torch.Tensor]) -> List[torch.Tensor]:
     return [i[:, t : t + height, x : x + width] for i, t, x in zip(images, tops, lefts)]
 
 
-def _test_mapper(cfg, mask_format: str = "") -> DetectionMapper:
+def test_mapper(cfg, mask_format: str = "") -> DetectionMapper:
+    """A photo at test size, its annotations with it."""
     size = cfg.INPUT.MIN_SIZE_TEST  # 0: Detectron2 does not resize
     read = PhotoStore(size).get if size else read_photo
     return DetectionMapper(cfg, read, is_train=False, mask_format=mask_format)

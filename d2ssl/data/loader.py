@@ -103,11 +103,26 @@ class StreamLoader:
         self.batch_size, self.num_workers = batch_size, num_workers
         self.start_iter = 0
 
+    def switch_to(self, dataset_dicts: Sequence[dict], order: Order) -> None:
+        """Read these photos in this order, from the next batch on."""
+        before = self.stream
+        self.stream = PhotoStream(dataset_dicts, before.mapper, before.seed, order)
+
     def __iter__(self):
         # A generator: nothing is read, and no worker forked, before the first batch is asked for.
-        loader = DataLoader(
+        iteration = self.start_iter
+        while True:
+            stream = self.stream
+            for batch in self._batches(iteration):
+                yield batch
+                iteration += 1
+                if self.stream is not stream:
+                    break
+
+    def _batches(self, start: int) -> DataLoader:
+        return DataLoader(
             self.stream,
-            batch_sampler=_Positions(self.batch_size, self.start_iter),
+            batch_sampler=_Positions(self.batch_size, start),
             num_workers=self.num_workers,
             collate_fn=_as_list,
             # Forked workers share the decoded photos; others would each get a copy.
@@ -115,7 +130,6 @@ class StreamLoader:
             worker_init_fn=_one_thread,
             generator=torch.Generator(),  # else a worker's start would draw from the global state
         )
-        yield from loader
 
 
 def _as_list(batch: List[dict]) -> List[dict]:

@@ -5,6 +5,7 @@ from typing import Callable, FrozenSet, List, Sequence, Tuple
 
 import cv2
 import numpy as np
+import pycocotools.mask as coco_mask
 import torch
 from detectron2.config import configurable
 from detectron2.data import DatasetMapper, detection_utils
@@ -189,6 +190,15 @@ class _Fill(T.PadTransform):
         return cv2.copyMakeBorder(image, *sides, cv2.BORDER_CONSTANT, value=self.pad_value)
 
 
+def paint_over(photo: np.ndarray, masks: Sequence[dict], fill: Sequence[float]) -> np.ndarray:
+    """A copy of a photo, H x W x 3 uint8, with some RLE masks, of whatever size, in one colour."""
+    hidden = coco_mask.decode(coco_mask.merge(masks))
+    hidden = cv2.resize(hidden, photo.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    painted = photo.copy()
+    painted[hidden > 0] = np.rint(fill)
+    return painted
+
+
 class DetectionMapper(DatasetMapper):
     """Detectron2's training mapper on photos that are already decoded and scaled down.
 
@@ -256,6 +266,8 @@ class DetectionMapper(DatasetMapper):
             )
         if self.image_format == "BGR":
             photo = cv2.cvtColor(photo, cv2.COLOR_RGB2BGR)
+        if dataset_dict.get("hidden"):
+            photo = paint_over(photo, dataset_dict.pop("hidden"), self.fill)
         scaled = T.AugInput(photo)
         transforms = augmentations(scaled)
         if (h, w) != (height, width):

@@ -6,6 +6,7 @@ Each order is a function of the position and the seed alone, so that a run can b
 import bisect
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -25,7 +26,24 @@ def photo_at(position: int, num_photos: int, seed: int) -> int:
     return int(_permutation(num_photos, seed, epoch)[place])
 
 
-@functools.lru_cache(maxsize=2)
+def interleaved(first: Order, second: Order, offset: int, share: float) -> Order:
+    """Two orders as one: of any n positions n * share, but for rounding, are of the first.
+
+    Args:
+        offset: added to the second's indices: how many photos the first has.
+        share: 0 to 1.
+    """
+
+    def index_at(position: int) -> int:
+        place = math.floor(position * share)  # of the first, so many were before
+        if math.floor((position + 1) * share) > place:
+            return first(place)
+        return offset + second(position - place)
+
+    return index_at
+
+
+@functools.lru_cache(maxsize=4)
 def _permutation(num_photos: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_photos)
 

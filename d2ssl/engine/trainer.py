@@ -1,6 +1,7 @@
 """The trainers of both stages: Detectron2's ``DefaultTrainer`` with other parts built in."""
 
 import contextlib
+import functools
 import logging
 import os
 import weakref
@@ -20,7 +21,10 @@ from d2ssl.data.build import (
     build_pretrain_loader,
     build_validation_batches,
     calibration_batches,
+    test_mapper,
+    unlabeled_photos,
 )
+from d2ssl.data.sampling import interleaved, photo_at
 from d2ssl.engine import hooks as d2ssl_hooks
 from d2ssl.engine.checkpoint import (
     Checkpointer,
@@ -33,6 +37,7 @@ from d2ssl.engine.checkpoint import (
 from d2ssl.engine.coco import build_evaluator, flatten
 from d2ssl.engine.launch import distribute
 from d2ssl.engine.precision import apply_precision
+from d2ssl.engine.self_training import LabelPhotos, detect
 from d2ssl.engine.solver import build_optimizer, loaded_rise, main_schedule, named_leaves
 from d2ssl.errors import D2SSLError, Diverged
 from d2ssl.modeling import norm
@@ -375,6 +380,8 @@ class FinetuneTrainer(Trainer):
         if options.EMA_DECAY > 0:
             self.averaged = d2ssl_hooks.AveragedWeights(self.module, options.EMA_DECAY)
             found.append(self.averaged)
+        if cfg.SSL.SELF_TRAINING.ENABLED:
+            found += self._self_training()
         watched = [options.DEV_DATASET] if options.DEV_DATASET else cfg.DATASETS.TEST
         if options.VAL_LOSS and cfg.TEST.EVAL_PERIOD > 0 and watched:
             batches = build_validation_batches(cfg, watched)
@@ -391,6 +398,29 @@ class FinetuneTrainer(Trainer):
                 )
             )
         return found
+
+    def _self_training(self) -> List[LabelPhotos]:
+        """The hook; none where each photo has labels."""
+        cfg, options = self.cfg, self.cfg.SSL.SELF_TRAINING
+        stream, mapper = self.loader.stream, test_mapper(self.cfg)
+        labeled, order = stream.dicts, stream.order
+
+        def label(photos):
+            with self._reported_weights():
+                return detect(self.module, photos, mapper, options.SCORE, options.UNSURE)
+
+        def use(found):
+            if found:
+                others = functools.partial(photo_at, num_photos=len(found), seed=cfg.SEED)
+                both = interleaved(order, others, len(labeled), options.LABELED)
+                self.loader.switch_to([*labeled, *found], both)
+
+        iterations = {round(share * self.max_iter) for share in options.AT}
+        photos = unlabeled_photos(cfg, labeled)
+        if not photos:
+            logger.info("SSL.SELF_TRAINING: each photo of SSL.DATASETS has labels, none is left")
+            return []
+        return [LabelPhotos(iterations, label, photos, use, cfg.OUTPUT_DIR, self.classes())]
 
     @contextlib.contextmanager
     def _reported_weights(self):

@@ -95,9 +95,9 @@ def findings(study: Study, results: Results, pretraining: Mapping[str, float]) -
         pretraining: arm -> seconds that one of its pretrainings took, mean over the seeds.
     Returns:
         ``cells``: of each arm and budget, see :func:`_cell`; ``differences``: of each arm and
-        budget to the baseline, and of arms that pretrain to the same without, see
+        budget to the baseline, and of arms with unlabelled photos to the same without, see
         :func:`_difference`; ``curves``, ``sweeps``, ``photos``; ``failed``: the runs that came to
-        nothing; ``answer``: a sentence for each arm that pretrains and each budget.
+        nothing; ``answer``: a sentence for each arm with unlabelled photos and each budget.
     """
     known = [(arm, budget) for budget in study.budgets for arm in study.arms
              if results.runs(arm, budget)]  # fmt: skip
@@ -117,8 +117,8 @@ def findings(study: Study, results: Results, pretraining: Mapping[str, float]) -
 
 
 def _others(study: Study, arm: str) -> List[str]:
-    """Whom an arm is compared with: the same without pretraining, and the baseline."""
-    others = [study.without(study.arms[arm])] if study.arms[arm].pretrains else []
+    """Whom an arm is compared with: the same without unlabelled photos, and the baseline."""
+    others = [study.without(study.arms[arm])] if study.arms[arm].uses_unlabeled else []
     return [other for other in dict.fromkeys([*others, study.baseline]) if other != arm]
 
 
@@ -155,8 +155,8 @@ def _difference(
     Returns:
         arm, against, budget; ``segm``, ``bbox``: mean, interval, run_sd, photo_sd, photo_se, units;
         ``failed``: how many of the arm's repeats did; and, where the other is the same without
-        pretraining, else None: ``control``: segm as above against the arm that spent the same time
-        on fine-tuning, and its name (no mean while it is not finished); ``verdict``; ``more``:
+        unlabelled photos, else None: ``control``: segm as above against the arm that spent the same
+        time on fine-tuning, and its name (no mean while it is not finished); ``verdict``; ``more``:
         repeats that it would take on top of these to see ``study.effect``, None where that is not
         known or no number would do; ``worth``, see :func:`_worth`; ``blank``: neither has found
         anything, so there is nothing to compare.
@@ -169,7 +169,7 @@ def _difference(
              **{what: _plain(estimate) for what, estimate in both.items()},
              "control": None, "verdict": None, "more": None, "worth": None,
              "blank": False}  # fmt: skip
-    if not study.arms[arm].pretrains or other != study.without(study.arms[arm]):
+    if not study.arms[arm].uses_unlabeled or other != study.without(study.arms[arm]):
         return found
     if max(results.ap(a, budget, "segm").mean for a in (arm, other)) < NOTHING:
         return {**found, "verdict": UNKNOWN, "blank": True}
@@ -235,9 +235,9 @@ def _sweep(results: Results, arm: str, budget: int) -> List[List[float]]:
 
 
 def _changed_photos(study: Study, results: Results) -> List[dict]:
-    """For each arm that pretrains, at the budget where most repeats are finished (of several the
-    smallest): the photos whose segm AP it changed most against the same without, up or down, mean
-    over the repeats of both."""
+    """For each arm with unlabelled photos, at the budget where most repeats are finished (of
+    several the smallest): the photos whose segm AP it changed most against the same without, up or
+    down, mean over the repeats of both."""
     found = []
     for name, arm in study.arms.items():
         other = study.without(arm)
@@ -247,7 +247,7 @@ def _changed_photos(study: Study, results: Results) -> List[dict]:
             for budget in study.budgets
         }  # fmt: skip
         budget = max(study.budgets, key=lambda b: len(common[b]))
-        if not arm.pretrains or other == name or not common[budget]:
+        if not arm.uses_unlabeled or other == name or not common[budget]:
             continue
         before, after = (
             np.mean([results.runs(a, budget)[r]["matches"]["segm"].each_photo()
@@ -274,7 +274,7 @@ def _changed_photos(study: Study, results: Results) -> List[dict]:
 
 
 def sentence(study: Study, difference: dict) -> str:
-    """The plainest answer that the numbers allow, for an arm that pretrains and a budget."""
+    """The plainest answer that the numbers allow, for an arm with unlabelled photos at a budget."""
     d = difference
     if d["blank"]:
         return (
@@ -312,6 +312,8 @@ def _describe_control(difference: dict) -> str:
         return "but there is no compute-matched arm: longer fine-tuning might have done the same"
     if "mean" not in control:
         return f"but {control['arm']}, its control, is not finished"
+    if control["arm"] == difference["against"]:
+        return "which took the same time but for the labelling"
     return f"{gain(control)} over {control['arm']}"
 
 

@@ -134,9 +134,10 @@ def _goes_on(task: Task) -> bool:
 
 def _seconds(stage) -> float:
     """Of all iterations, from their typical time: whatever else the machine does, and whether the
-    training was interrupted."""
-    _, times = series(read_metrics(os.path.join(stage.OUTPUT_DIR, "metrics.json")), "time")
-    return statistics.median(times) * stage.SOLVER.MAX_ITER if times else 0.0
+    training was interrupted; and of labelling photos."""
+    metrics = read_metrics(os.path.join(stage.OUTPUT_DIR, "metrics.json"))
+    (_, times), (_, labelling) = (series(metrics, name) for name in ("time", "labelling_seconds"))
+    return (statistics.median(times) * stage.SOLVER.MAX_ITER if times else 0.0) + sum(labelling)
 
 
 def _curve(stage) -> List[List[float]]:

@@ -86,7 +86,7 @@ def describe(study: Study, outcomes, seconds, command: str) -> dict:
         "planned": sum(isinstance(task, Run) for task in outcomes),
         "arms": {
             name: {
-                "pretraining": _pretraining(arm),
+                "unlabeled": _use_of_unlabeled(arm),
                 "matched": arm.matched,
                 "timing": dict(seconds[name]),
                 "config": {k: _plain(v) for k, v in changed(arm.cfg).items()},
@@ -107,11 +107,18 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def _pretraining(arm) -> str:
-    if not arm.pretrains:
-        return "none"
-    solver = arm.cfg.SSL.SOLVER
-    return f"{method_title(arm.cfg)}, {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} photos"
+def _use_of_unlabeled(arm) -> str:
+    """What an arm does with photos without labels, in words."""
+    cfg, uses = arm.cfg, []
+    if arm.pretrains:
+        solver = cfg.SSL.SOLVER
+        uses.append(
+            f"{method_title(cfg)}, {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} photos"
+        )
+    if cfg.SSL.SELF_TRAINING.ENABLED:
+        times = ", ".join(f"{share:.0%}" for share in cfg.SSL.SELF_TRAINING.AT)
+        uses.append(f"self-training, labelled after {times} of fine-tuning")
+    return "; ".join(uses) or "none"
 
 
 def _csv(runs: Sequence[dict]) -> str:
@@ -165,7 +172,9 @@ def _answer(study: Study, found: dict, about: dict) -> str:
     if unfinished:
         parts.append(pieces.line(f"{unfinished} of {about['planned']} runs are still to come."))
     if not found["answer"]:
-        parts.append(pieces.line("No arm with pretraining is finished beside the baseline yet."))
+        parts.append(
+            pieces.line("No arm with unlabelled photos is finished beside the baseline yet.")
+        )
     for sentence in found["answer"]:
         head, _, rest = sentence.partition(". ")
         parts.append(f"<p><strong>{html.escape(head)}.</strong> {html.escape(rest)}</p>")
@@ -236,8 +245,8 @@ def _how_to_read(study: Study, found: dict) -> str:
     lines = [
         "Brackets are 95 % intervals over subsets, seeds and test photos. Differences are paired: "
         "the same labels, the same seed, the same photos on both sides.",
-        "pays: above 0 beyond chance, over the same arm without pretraining and over its control, "
-        "which spent the same time on longer fine-tuning. does not pay: less than "
+        "pays: above 0 beyond chance, over the same arm without unlabelled photos and over its "
+        "control, which spent the same time on longer fine-tuning. does not pay: less than "
         f"{study.least:g} AP beyond chance, over the one or the other. Else, and without a "
         "control, it cannot be told yet.",
         "worth labels: how many the other arm needs for the same AP, read from its curve between "
@@ -351,8 +360,8 @@ def _photos(study: Study, found: dict, runs: Sequence[Run]) -> str:
     if not figures:
         return ""
     out = pieces.heading("The photos that changed most", 2) + pieces.line(
-        "Labels, the arm without pretraining, and with it: predictions of one repeat with a score "
-        "of at least 50 %. AP of the photo alone, mean over the repeats."
+        "Labels, the arm without unlabelled photos, and with them: predictions of one repeat with "
+        "a score of at least 50 %. AP of the photo alone, mean over the repeats."
     )
     for title, pictures in figures.items():
         out += pieces.heading(title, 3) + f'<div class="photos">{"".join(pictures)}</div>'
@@ -364,9 +373,9 @@ def _arms(study: Study, about: dict) -> str:
     for name, arm in study.arms.items():
         start = os.path.basename(arm.cfg.MODEL.WEIGHTS) or "random weights"
         note = f"fine-tunes for the total time of {arm.matched}" if arm.matched else ""
-        rows.append([name, start, about["arms"][name]["pretraining"], note])
+        rows.append([name, start, about["arms"][name]["unlabeled"], note])
     out = pieces.heading("The arms", 2) + pieces.table(
-        ["", "starts from", "pretraining", ""], rows, kind="words"
+        ["", "starts from", "unlabelled photos", ""], rows, kind="words"
     )
     for name, differences in about["recipe_differences"].items():
         for key, (value, other) in differences.items():

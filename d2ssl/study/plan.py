@@ -66,7 +66,8 @@ OWN = {
 }
 SEED_STEP = 1000  # between the seeds of one subset
 # What pretraining and its hand-off do not depend on.
-FINETUNE_ONLY = ("SOLVER.", "DATASETS.", "TEST.", "SSL.FINETUNE.", "DATALOADER.SAMPLER_TRAIN")
+FINETUNE_ONLY = ("SOLVER.", "DATASETS.", "TEST.", "SSL.FINETUNE.", "SSL.SELF_TRAINING.",
+                 "DATALOADER.SAMPLER_TRAIN")  # fmt: skip
 # What no result depends on.
 INCIDENTAL = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "VERSION", "SSL.CACHE_GB")
 
@@ -82,6 +83,11 @@ class Arm:
     @property
     def pretrains(self) -> bool:
         return self.cfg.SSL.ENABLED
+
+    @property
+    def uses_unlabeled(self) -> bool:
+        """In pretraining, in self-training, or in both."""
+        return self.pretrains or self.cfg.SSL.SELF_TRAINING.ENABLED
 
     def kind(self, pretraining: bool) -> str:
         """Equal for arms whose iterations, of pretraining or of fine-tuning, take the same time."""
@@ -119,19 +125,20 @@ class Study:
         return self.arms[self.baseline].cfg.DATASETS.TEST[0]
 
     def without(self, arm: Arm) -> str:
-        """The arm that differs from a pretraining one by pretraining alone; else the baseline."""
-        recipe = _of_finetuning(changed(arm.cfg))
+        """The arm that differs from one with unlabelled photos by these alone, or the baseline."""
+        recipe = _recipe(changed(arm.cfg))
         twins = [
             other.name
             for other in self.arms.values()
-            if not (other.pretrains or other.matched)
-            and _of_finetuning(changed(other.cfg)) == recipe
+            if not (other.uses_unlabeled or other.matched) and _recipe(changed(other.cfg)) == recipe
         ]
         return self.baseline if self.baseline in twins or not twins else twins[0]
 
     def control(self, arm: Arm) -> str:
-        """The arm that fine-tunes as long as this one takes in all; "" where there is none."""
-        return next((a.name for a in self.arms.values() if a.matched == arm.name), "")
+        """The arm that fine-tunes as long as this one takes in all; "" where there is none. Without
+        pretraining that is the same arm without unlabelled photos: labelling takes seconds."""
+        matched = [a.name for a in self.arms.values() if a.matched == arm.name]
+        return matched[0] if matched else "" if arm.pretrains else self.without(arm)
 
     def labels(self, budget: int, subset: Union[int, str]) -> str:
         """The data set of a budget; the same for all subsets where the budget is everything."""
@@ -391,20 +398,20 @@ def _check(file: str, study: Study) -> None:
         f"BASELINE {study.baseline or '(missing)'}: choose from {', '.join(arms)}",
     )
     require(
-        not (arms[study.baseline].matched or arms[study.baseline].pretrains),
-        f"BASELINE {study.baseline}: must be without pretraining and not compute-matched; give it "
-        "SSL.ENABLED: False",
+        not (arms[study.baseline].matched or arms[study.baseline].uses_unlabeled),
+        f"BASELINE {study.baseline}: must be without unlabelled photos and not compute-matched; "
+        "give it SSL.ENABLED: False",
     )
     for arm in arms.values():
         other = arms.get(arm.matched)
         require(
-            not arm.matched or (other is not None and other.pretrains),
-            f"arm {arm.name}: COMPUTE_MATCHED {arm.matched}: name an arm that pretrains",
+            not arm.matched or (other is not None and other.uses_unlabeled),
+            f"arm {arm.name}: COMPUTE_MATCHED {arm.matched}: name an arm with unlabelled photos",
         )
         require(
-            not (arm.matched and arm.pretrains),
+            not (arm.matched and arm.uses_unlabeled),
             f"arm {arm.name}: spends the time of {arm.matched} on fine-tuning, so it needs "
-            "SSL.ENABLED False",
+            "SSL.ENABLED False, and no SSL.SELF_TRAINING",
         )
         require(
             len(arm.cfg.DATASETS.TEST) == 1 and arm.cfg.DATASETS.TEST[0] == study.test,
@@ -433,7 +440,7 @@ def _check(file: str, study: Study) -> None:
         )
         check_classes(arm.cfg, [study.train, study.test])  # before hours of training
         require(
-            not arm.pretrains or study.test not in arm.cfg.SSL.DATASETS,
+            not arm.uses_unlabeled or study.test not in arm.cfg.SSL.DATASETS,
             f"arm {arm.name}: SSL.DATASETS has the test photos, {study.test}; leave them out",
         )
 
@@ -441,8 +448,8 @@ def _check(file: str, study: Study) -> None:
 def recipe_differences(study: Study) -> Dict[str, Dict[str, Tuple]]:
     """What differs in an arm's fine-tuning from the arm that it is compared with.
 
-    An arm that pretrains should differ from another by that alone, or more than that is compared;
-    others may start from other weights.
+    An arm with unlabelled photos should differ from another by these alone, or more than that is
+    compared; others may start from other weights.
 
     Returns:
         arm -> {config key: (its value, the other's value)}; arms without a difference are left out.
@@ -451,12 +458,12 @@ def recipe_differences(study: Study) -> Dict[str, Dict[str, Tuple]]:
              "MODEL.PIXEL_", "INPUT.FORMAT")  # fmt: skip
     found = {}
     for name, arm in study.arms.items():
-        other = study.arms[study.without(arm) if arm.pretrains else study.baseline]
-        mine, others = (_of_finetuning(leaves(a.cfg)) for a in (arm, other))
+        other = study.arms[study.without(arm) if arm.uses_unlabeled else study.baseline]
+        mine, others = (_recipe(leaves(a.cfg)) for a in (arm, other))
         found[name] = {
             key: (value, others[key])
             for key, value in mine.items()
-            if value != others[key] and (arm.pretrains or not key.startswith(start))
+            if value != others[key] and (arm.uses_unlabeled or not key.startswith(start))
         }
     return {name: differences for name, differences in found.items() if differences}
 
@@ -519,9 +526,15 @@ def _run(study, arm: Arm, budget, subset, seed, iterations, needs) -> Run:
 
 def _of_finetuning(values: Mapping[str, object]) -> Dict[str, object]:
     """Those that fine-tuning depends on, besides what it starts from."""
-    return {
-        k: v for k, v in values.items() if not k.startswith("SSL.") or k.startswith("SSL.FINETUNE.")
-    }
+    ssl = ("SSL.FINETUNE.",)
+    if values.get("SSL.SELF_TRAINING.ENABLED"):
+        ssl += ("SSL.SELF_TRAINING.", "SSL.DATASETS")
+    return {k: v for k, v in values.items() if not k.startswith("SSL.") or k.startswith(ssl)}
+
+
+def _recipe(values: Mapping[str, object]) -> Dict[str, object]:
+    """Those of fine-tuning that have nothing to do with unlabelled photos."""
+    return _of_finetuning({k: v for k, v in values.items() if "SELF_TRAINING" not in k})
 
 
 def with_length(cfg: CfgNode, iterations: int) -> CfgNode:

@@ -38,6 +38,7 @@ def measure(arm: Arm, train: str, pretraining: bool, threads: int) -> Dict[str, 
         cfg.DATASETS.TRAIN = (train,)
         cfg.SOLVER.MAX_ITER = cfg.SSL.SOLVER.MAX_ITER = WARM_UP + MEASURED
         cfg.SOLVER.BASE_LR = cfg.SSL.SOLVER.BASE_LR = 1e-6  # whether it diverges is not asked here
+        cfg.SSL.SELF_TRAINING.ENABLED = False  # an iteration takes as long with it
         cfg.SSL.ENABLED = pretraining  # what weights fine-tuning starts from does not matter here
         cfg.freeze()
         cfg = pipeline.set_up(with_device(cfg))
@@ -112,15 +113,22 @@ def timings(study: Study, call, threads: int) -> Dict[str, Dict[str, float]]:
 
 def matched_iterations(study: Study, seconds: Mapping[str, Mapping[str, float]]) -> Dict[str, int]:
     """Length of fine-tuning of the compute-matched arms: their own, and as many iterations more as
-    the other arm's pretraining takes the time of."""
+    the other arm's pretraining and labelling take the time of."""
     lengths = {}
     for arm in study.arms.values():
         if arm.matched:
-            other = study.arms[arm.matched].cfg.SSL.SOLVER.MAX_ITER
-            spent = other * seconds[arm.matched]["pretraining"]
+            other = study.arms[arm.matched].cfg
+            spent = other.SSL.SOLVER.MAX_ITER * seconds[arm.matched]["pretraining"]
+            spent += labelled_photos(other) * seconds[arm.matched]["photo"]
             own = arm.cfg.SOLVER.MAX_ITER
             lengths[arm.name] = own + round(spent / seconds[arm.name]["finetuning"])
     return lengths
+
+
+def labelled_photos(cfg) -> int:
+    """How many photos self-training labels at most, each time that it does."""
+    options = cfg.SSL.SELF_TRAINING
+    return len(options.AT) * count_photos(cfg.SSL.DATASETS) if options.ENABLED else 0
 
 
 def seconds_of(task: Task, study: Study, seconds: Mapping[str, Mapping[str, float]]) -> float:
@@ -129,7 +137,7 @@ def seconds_of(task: Task, study: Study, seconds: Mapping[str, Mapping[str, floa
     if isinstance(task, Pretraining):
         return START + task.cfg.SSL.SOLVER.MAX_ITER * one["pretraining"]
     assert isinstance(task, Run)
-    photos = count_photos([study.test])
+    photos = count_photos([study.test]) + labelled_photos(task.cfg)
     if task.cfg.SSL.FINETUNE.DEV_DATASET:
         photos += study.curve_points * study.dev
     return START + task.cfg.SOLVER.MAX_ITER * one["finetuning"] + photos * one["photo"]

@@ -64,6 +64,23 @@ def test_an_order_decides_the_photos():
     assert repeated[0] > 8 and balanced[[0, 6]].tolist() == [14, 14]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_photos_are_switched_at_the_next_batch(num_workers):
+    loader = StreamLoader(DICTS, draw, batch_size=3, seed=5, num_workers=num_workers)
+    others, order = [{"id": i} for i in range(100, 104)], lambda position: position % 4
+    reading = iter(loader)
+    before = [next(reading) for _ in range(4)]
+    loader.switch_to(others, order)
+    after = [next(reading) for _ in range(3)]
+    assert before == batches(4)
+    found = [row["photo"] for batch in after for row in batch]
+    assert found == [100 + position % 4 for position in range(12, 21)]
+    # A run that is resumed behind the switch draws the same.
+    resumed = StreamLoader(others, draw, batch_size=3, seed=5, order=order)
+    resumed.start_iter = 5
+    assert list(itertools.islice(resumed, 2)) == after[1:]
+
+
 def test_a_photo_is_drawn_anew_each_time_and_seeds_differ():
     seen = [x["draws"] for batch in batches(20) for x in batch]
     assert len(set(seen)) == len(seen)

@@ -544,3 +544,26 @@ def test_annotation_of_another_shape_is_refused(tiny_cfg):
     d["height"], d["width"] = d["width"], d["height"]
     with pytest.raises(D2SSLError, match="other proportions"):
         DetectionMapper(cfg, read_photo)(d)
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_what_is_hidden_is_painted_in_the_mean_colour(tiny_cfg, coloured_set, image_format):
+    cfg = coloured_cfg(tiny_cfg, "INPUT.FORMAT", image_format, "INPUT.RANDOM_FLIP", "none")
+    photo = {k: v for k, v in coloured_set[0].items() if k != "annotations"}
+    mask = np.zeros((120, 180), np.uint8)
+    mask[30:90, 60:120] = 1
+    hidden = [mask_annotation(mask, 0, 1)["segmentation"]]
+    read = PhotoStore(60).get  # half the size that the mask is for
+    plain, painted = (
+        DetectionMapper(cfg, read, is_train=False)({**photo, **more})
+        for more in ({}, {"hidden": hidden})
+    )
+    assert "hidden" not in painted
+    plain, painted = (x["image"].numpy().transpose(1, 2, 0).astype(int) for x in (plain, painted))
+    scale = painted.shape[0] / 120
+    inside, outside = np.zeros((2, *painted.shape[:2]), bool)
+    top, bottom, left, right = (round(v * scale) for v in (30, 90, 60, 120))
+    inside[top + 2 : bottom - 2, left + 2 : right - 2] = True
+    outside[top - 2 : bottom + 2, left - 2 : right + 2] = True
+    assert (painted[inside] == np.rint(MEAN)).all()
+    assert (painted[~outside] == plain[~outside]).all() and (plain[inside] != np.rint(MEAN)).any()

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ from d2ssl.data.sampling import (
     RepeatFactorOrder,
     build_order,
     classes_of,
+    interleaved,
     photo_at,
     repeat_factors,
 )
@@ -94,6 +96,20 @@ def test_classes_are_balanced_exactly():
     assert counts(order, range(36)).tolist() == expected
     assert [order(p) for p in range(36, 72)] != stream
     assert [ClassBalancedOrder(CLASSES, seed=2)(p) for p in range(36)] != stream
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.7])
+def test_two_orders_interleaved(share):
+    first = functools.partial(photo_at, num_photos=3, seed=0)
+    second = functools.partial(photo_at, num_photos=5, seed=0)
+    order = interleaved(first, second, 3, share)
+    found = [order(p) for p in range(60)]
+    own, others = [i for i in found if i < 3], [i - 3 for i in found if i >= 3]
+    assert len(own) == pytest.approx(60 * share, abs=1)
+    assert own == [first(p) for p in range(len(own))]  # each in its own order, none left out
+    assert others == [second(p) for p in range(len(others))]
+    for start in range(0, 50, 7):  # and any stretch has the share
+        assert sum(i < 3 for i in found[start : start + 10]) == pytest.approx(10 * share, abs=1)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -97,6 +97,42 @@ def test_keys_change_with_what_an_outcome_follows_from_and_with_nothing_else(wri
         assert (old == new) == (i in pretrainings)
 
 
+def test_self_training_is_judged_against_the_same_without(write_study, tmp_path):
+    arms = {
+        "scratch": {"SSL.ENABLED": False},
+        "paste": {"FROM": "scratch", "SSL.FINETUNE.COPY_PASTE": 0.5},
+        "self": {"FROM": "paste", "SSL.SELF_TRAINING.ENABLED": True},
+        "soco": {},
+    }
+    study = read_study(write_study(ARMS=arms), output=str(tmp_path / "out"))
+    self_ = study.arms["self"]
+    assert self_.uses_unlabeled and not self_.pretrains
+    # The same number of iterations: it is its own compute-matched control.
+    assert study.without(self_) == study.control(self_) == "paste"
+    assert study.control(study.arms["soco"]) == ""
+    assert recipe_differences(study) == {
+        "paste": {"SSL.FINETUNE.COPY_PASTE": (0.5, 0.0)},
+    }
+    tasks = plan(study, {})
+    assert {t.arm for t in tasks if isinstance(t, Pretraining)} == {"soco"}
+    run = next(r for r in runs_of(tasks) if r.arm == "self")
+    assert run.cfg.SSL.SELF_TRAINING.ENABLED and not run.needs
+
+
+def test_keys_of_self_training(write_study, tmp_path):
+    def keys(**self_training):
+        arms = {"scratch": {"SSL.ENABLED": False}}
+        arms["self"] = {"SSL.ENABLED": False, "SSL.SELF_TRAINING.ENABLED": True, **self_training}
+        study = read_study(write_study(ARMS=arms), output=str(tmp_path / "out"))
+        return {run.arm: run.key for run in runs_of(plan(study, {}))}
+
+    before = keys()
+    for change in ({"SSL.SELF_TRAINING.SCORE": 0.9}, {"SSL.DATASETS": ["balloon_demo_train"]}):
+        after = keys(**change)
+        assert after["self"] != before["self"] and after["scratch"] == before["scratch"]
+    assert keys(**{"SSL.TEMPERATURE": 0.3}) == before  # of pretraining, which it has none of
+
+
 def test_overrides_of_the_study_and_of_the_config(write_study):
     study = read_study(write_study(), ["BUDGETS", "[2, 4]", "SEEDS", "3", "SOLVER.MAX_ITER", "7"])
     assert study.budgets == [2, 4] and study.seeds == 3
@@ -173,7 +209,7 @@ def test_on_slurm_the_gpu_need_not_be_here(write_study):
         ({"ARMS": {"scratch": {"SSL.ENABLED": False, "SEED": 3}}}, "SEED is set by SEEDS"),
         ({"ARMS": {"scratch": {"SSL.ENABLD": False}}}, "arm scratch: config key SSL.ENABLD"),
         ({"ARMS": {"scratch": {"FROM": "scratch"}}}, "arm scratch is FROM scratch"),
-        ({"ARMS": {"scratch": {}}}, "BASELINE scratch: must be without pretraining"),
+        ({"ARMS": {"scratch": {}}}, "BASELINE scratch: must be without unlabelled photos"),
         ({"COMMON": {"SOLVER.MAX_ITERS": 3}}, "COMMON, overrides: config key SOLVER.MAX_ITERS"),
         ({"COMMON": {"MODEL.ROI_HEADS.NUM_CLASSES": 2}}, "NUM_CLASSES is 2, and balloon_demo"),
         ({"COMMON": {"MODEL.WEIGHTS": "no.pth"}}, "arm scratch: MODEL.WEIGHTS no.pth: no such"),
@@ -190,7 +226,7 @@ def test_on_slurm_the_gpu_need_not_be_here(write_study):
         ),
         (
             {"ARMS": {"scratch": {"SSL.ENABLED": False}, "x": {"COMPUTE_MATCHED": "scratch"}}},
-            "arm x: COMPUTE_MATCHED scratch: name an arm that pretrains",
+            "arm x: COMPUTE_MATCHED scratch: name an arm with unlabelled photos",
         ),
         (
             {"ARMS": {"scratch": {"SSL.ENABLED": False}, "y": {}, "x": {"COMPUTE_MATCHED": "y"}}},

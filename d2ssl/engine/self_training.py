@@ -1,0 +1,192 @@
+"""Self-training: the detector labels the photos that nobody labelled, and goes on with all of them.
+
+What it is sure of becomes a label, and what it is unsure of is painted over: as a label it might be
+wrong, and without one it would be background. K. Sohn et al., "A Simple Semi-Supervised Learning
+Framework for Object Detection" (STAC), 2020, with labels made during one training instead of by
+another one before it.
+"""
+
+import json
+import logging
+import os
+import time
+from typing import Callable, Dict, Iterator, List, Sequence
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import torch
+from detectron2.data.datasets import load_coco_json
+from detectron2.engine import HookBase
+from detectron2.evaluation import inference_context
+from detectron2.structures import BoxMode
+from detectron2.utils import comm
+from torch import nn
+from tqdm import tqdm
+
+from d2ssl.atomic import atomic_open
+from d2ssl.data.datasets.files import read_json
+from d2ssl.data.masks import encode
+
+logger = logging.getLogger("d2ssl")
+
+
+class LabelPhotos(HookBase):
+    """Labels photos before some iterations, and trains on them from then on.
+
+    It has no state: a resumed run reads the labels from the file.
+
+    Args:
+        iterations: before which it labels.
+        label: gives annotations for the photos, one list each, see :func:`detect`.
+        photos: dataset dicts without annotations.
+        use: called with the photos on which something was found, as dataset dicts.
+        folder: for ``labels_<iteration>.json``, in COCO's format.
+        classes: names.
+    """
+
+    def __init__(
+        self,
+        iterations: Sequence[int],
+        label: Callable[[Sequence[dict]], List[List[dict]]],
+        photos: Sequence[dict],
+        use: Callable[[List[dict]], None],
+        folder: str,
+        classes: Sequence[str],
+    ):
+        self.iterations, self.label, self.photos = sorted(iterations), label, photos
+        self.use, self.folder, self.classes = use, folder, classes
+
+    def before_train(self):
+        past = [i for i in self.iterations if i < self.trainer.start_iter]
+        if past:
+            self.use(read_labels(self._file(past[-1])))
+
+    def before_step(self):
+        if self.trainer.iter in self.iterations:
+            file, started = self._file(self.trainer.iter), time.perf_counter()
+            mine = self.label(self.photos[comm.get_rank() :: comm.get_world_size()])
+            shares = comm.all_gather(mine)
+            if comm.is_main_process():
+                # Photo i was labelled by process i modulo their number.
+                labels = [
+                    shares[i % len(shares)][i // len(shares)] for i in range(len(self.photos))
+                ]
+                write_labels(file, self.photos, labels, self.classes)
+            comm.synchronize()
+            self.use(read_labels(file))
+            took = time.perf_counter() - started
+            self.trainer.storage.put_scalar("labelling_seconds", took, smoothing_hint=False)
+
+    def _file(self, iteration: int) -> str:
+        return os.path.join(self.folder, f"labels_{iteration:07d}.json")
+
+
+@torch.no_grad()
+def detect(
+    model: nn.Module, photos: Sequence[dict], mapper: Callable, score: float, unsure: float
+) -> List[List[dict]]:
+    """What a detector finds on photos, as annotations of Detectron2's dicts with ``score``.
+
+    Args:
+        model: Detectron2's; it is in eval mode inside.
+        mapper: makes its input of a photo.
+        score: of what becomes an object, at least.
+        unsure: what has at least this score, but not that one, is marked ``iscrowd``; of its mask
+            without what objects cover. Where nothing is left of it, it is left out.
+    """
+    found = []
+    with inference_context(model):
+        for photo in tqdm(photos, "labelling", disable=not comm.is_main_process(), leave=False):
+            instances = model([mapper(photo)])[0]["instances"].to("cpu")
+            found.append(annotations(instances[instances.scores >= unsure], score))
+    return found
+
+
+def annotations(instances, score: float) -> List[dict]:
+    """Predicted ``Instances`` as annotations; see :func:`detect`."""
+    height, width = instances.image_size
+    if instances.has("pred_masks"):
+        masks = instances.pred_masks.numpy()
+    else:
+        masks = np.zeros((len(instances), height, width), bool)
+        for mask, box in zip(masks, instances.pred_boxes.tensor.round().int().tolist()):
+            mask[box[1] : box[3], box[0] : box[2]] = True
+    sure = (instances.scores >= score).numpy()
+    masks[~sure] &= ~masks[sure].any(0)
+    rows = zip(
+        instances.pred_boxes.tensor.tolist(),
+        instances.scores.tolist(),
+        instances.pred_classes.tolist(),
+        masks,
+        sure,
+    )
+    return [
+        {
+            "bbox": box,
+            "bbox_mode": BoxMode.XYXY_ABS,
+            "segmentation": _encode(mask),
+            "category_id": category,
+            "iscrowd": int(not is_sure),
+            "score": value,
+        }
+        for box, value, category, mask, is_sure in rows
+        if mask.any()
+    ]
+
+
+def _encode(mask: np.ndarray) -> dict:
+    rle = encode(mask)
+    return {**rle, "counts": rle["counts"].decode()}  # as JSON has it
+
+
+def write_labels(
+    file: str, photos: Sequence[dict], labels: Sequence[List[dict]], classes: Sequence[str]
+) -> None:
+    """Photos with annotations as COCO JSON that labelling tools read, e.g. to correct them.
+
+    What the detector was unsure of has ``iscrowd`` 1; each annotation has its ``score``. File names
+    start from ``image_root``, under ``info``.
+    """
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(p["file_name"])) for p in photos])
+    content: Dict = {
+        "info": {"description": "labels of a detector's own making", "image_root": root},
+        "categories": [{"id": i, "name": name} for i, name in enumerate(classes)],
+        "images": [],
+        "annotations": [],
+    }
+    for number, (photo, found) in enumerate(zip(photos, labels)):
+        name = os.path.relpath(photo["file_name"], root)
+        size = {"height": photo["height"], "width": photo["width"]}
+        content["images"].append({"id": number, "file_name": name, **size})
+        for row in found:
+            box = BoxMode.convert(row["bbox"], row["bbox_mode"], BoxMode.XYWH_ABS)
+            content["annotations"].append(
+                {
+                    **{k: v for k, v in row.items() if k != "bbox_mode"},
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": number,
+                    "bbox": box,
+                    "area": float(coco_mask.area(row["segmentation"])),
+                }
+            )
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    with atomic_open(file, "w") as out:
+        json.dump(content, out)
+
+
+def read_labels(file: str) -> List[dict]:
+    """Dataset dicts of the photos of :func:`write_labels` with an object; what the detector was
+    unsure of is not among the ``annotations``, but a list of masks (RLE) under ``hidden``."""
+    root = read_json(file)["info"]["image_root"]
+    dicts = list(_divided(load_coco_json(file, root)))
+    count = sum(len(d["annotations"]) for d in dicts)
+    logger.info("The detector labelled %d objects on %d photos: %s", count, len(dicts), file)
+    return dicts
+
+
+def _divided(dicts: Sequence[dict]) -> Iterator[dict]:
+    for d in dicts:
+        objects = [a for a in d["annotations"] if not a["iscrowd"]]
+        hidden = [a["segmentation"] for a in d["annotations"] if a["iscrowd"]]
+        if objects:
+            yield {**d, "annotations": objects, "hidden": hidden}

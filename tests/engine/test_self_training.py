@@ -1,0 +1,187 @@
+"""Labels that the detector makes: what becomes one, what is hidden, and that runs stay exact."""
+
+import os
+import shutil
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
+
+from d2ssl.config import finetune_cfg
+from d2ssl.data.build import register_datasets, unlabeled_photos
+from d2ssl.data.datasets import register_balloon, register_coco
+from d2ssl.engine.launch import launch
+from d2ssl.engine.self_training import annotations, read_labels, write_labels
+from d2ssl.engine.trainer import FinetuneTrainer
+from d2ssl.errors import D2SSLError
+from tests.engine.test_trainer import assert_identical, final_state, run_and_stop_at
+
+
+def predicted(scores, boxes, masks=True, size=(10, 12)):
+    """Instances of class 0 whose masks, where there are any, fill their boxes."""
+    found = Instances(size)
+    found.scores = torch.tensor(scores)
+    found.pred_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+    found.pred_classes = torch.zeros(len(scores), dtype=torch.int64)
+    if masks:
+        found.pred_masks = torch.zeros(len(scores), *size, dtype=torch.bool)
+        for mask, (x1, y1, x2, y2) in zip(found.pred_masks, np.array(boxes, int)):
+            mask[y1:y2, x1:x2] = True
+    return found
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_the_unsure_is_marked_without_what_objects_cover(masks):
+    boxes = [[0.0, 0, 4, 4], [2.0, 0, 8, 4], [1.0, 1, 3, 3]]
+    found = annotations(predicted([0.9, 0.3, 0.2], boxes, masks), score=0.6)
+    # The third lies all within the first: nothing is left of it.
+    assert [a["iscrowd"] for a in found] == [0, 1]
+    object_, unsure = (coco_mask.decode(a["segmentation"]) for a in found)
+    assert object_.sum() == 16 and unsure.sum() == 6 * 4 - 2 * 4
+    assert not (object_ & unsure).any()
+    assert [round(a["score"], 5) for a in found] == [0.9, 0.3]
+
+
+def test_what_has_just_the_score_is_an_object():
+    (found,) = annotations(predicted([0.5], [[0.0, 0, 4, 4]]), score=0.5)
+    assert found["iscrowd"] == 0
+
+
+def test_no_predictions():
+    assert annotations(predicted([], []), score=0.5) == []
+
+
+@pytest.fixture
+def photos(tiny_cfg):
+    register_datasets(tiny_cfg())
+    return DatasetCatalog.get("balloon_demo_train")
+
+
+@pytest.fixture
+def labels_file(photos, tmp_path):
+    """Of three photos: an object and something unsure; only something unsure; nothing."""
+    photos = [{k: v for k, v in d.items() if k != "annotations"} for d in photos[:3]]
+    size = photos[0]["height"], photos[0]["width"]
+    both = predicted([0.9, 0.3], [[0.0, 0, 30, 20], [40.0, 0, 60, 20]], size=size)
+    labels = [annotations(found, 0.6) for found in (both, both[1:], both[:0])]
+    file = str(tmp_path / "labels" / "labels_0000002.json")
+    write_labels(file, photos, labels, ["balloon"])
+    return file, photos
+
+
+def test_labels_there_and_back(labels_file):
+    file, photos = labels_file
+    (found,) = read_labels(file)
+    assert found["file_name"] == photos[0]["file_name"]
+    assert (found["height"], found["width"]) == (photos[0]["height"], photos[0]["width"])
+    (object_,) = found["annotations"]
+    assert object_["bbox"] == [0, 0, 30, 20] and object_["category_id"] == 0
+    assert coco_mask.decode(object_["segmentation"])[:20, :30].all()
+    (hidden,) = found["hidden"]
+    assert coco_mask.area(hidden) == 20 * 20
+
+
+def test_others_read_the_file(labels_file, tmp_path):
+    file, photos = labels_file
+    coco = COCO(file)
+    assert len(coco.imgs) == 3 and [a["iscrowd"] for a in coco.anns.values()] == [0, 1, 1]
+    assert [a["area"] for a in coco.anns.values()] == [600, 400, 400]
+    folder = shutil.copytree(coco.dataset["info"]["image_root"], tmp_path / "photos")
+    shutil.copy(file, folder)  # beside the photos, as a user would
+    register_coco("labelled_by_itself", folder, os.path.basename(file))
+    dicts = DatasetCatalog.get("labelled_by_itself")
+    assert len(dicts) == 3 and os.path.dirname(dicts[0]["file_name"]) == str(folder)
+
+
+SELF = ["SSL.ENABLED", "False", "SSL.SELF_TRAINING.ENABLED", "True"]
+LOW = ["SSL.SELF_TRAINING.SCORE", "0.06", "SSL.SELF_TRAINING.UNSURE", "0.05"]  # all it finds
+
+
+def self_cfg(tiny_cfg, *opts, **kwargs):
+    cfg = finetune_cfg(tiny_cfg(*SELF, *LOW, *opts, **kwargs))
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    return cfg
+
+
+@pytest.mark.parametrize("at", [0.25, 0.5])  # before the checkpoint, and at the resumed iteration
+def test_resume_is_exact(tiny_cfg, tmp_path, at):
+    whole, parts = (
+        self_cfg(tiny_cfg, "SSL.SELF_TRAINING.AT", f"({at},)", output_dir=tmp_path / d)
+        for d in ("whole", "parts")
+    )
+    trainer = FinetuneTrainer(whole)
+    assert len(trainer.loader.stream.dicts) == 4
+    trainer.train()
+    assert len(trainer.loader.stream.dicts) > 4  # else nothing is tested
+    run_and_stop_at(FinetuneTrainer(parts), 3)
+    resumed = FinetuneTrainer(parts, resume=True)
+    assert resumed.start_iter == 2
+    resumed.train()
+    assert_identical(final_state(whole.OUTPUT_DIR), final_state(parts.OUTPUT_DIR))
+
+
+def test_the_labels_change_what_is_learnt(tiny_cfg, tmp_path):
+    cfgs = [
+        self_cfg(tiny_cfg, "SSL.SELF_TRAINING.SCORE", score, output_dir=tmp_path / score)
+        for score in ("0.06", "1.0")
+    ]
+    trainers = [FinetuneTrainer(cfg) for cfg in cfgs]
+    for trainer in trainers:
+        trainer.train()
+    some, none = (t.module.state_dict()["backbone.fpn_output2.weight"] for t in trainers)
+    assert len(trainers[1].loader.stream.dicts) == 4 and not torch.equal(some, none)
+
+
+def label_in_processes(cfg):
+    register_balloon("balloon_demo", os.path.join(os.environ["TEST_DEMO_ROOT"], "balloon_demo"))
+    FinetuneTrainer(cfg).train()
+
+
+def test_two_processes_label_as_one(tiny_cfg, tmp_path, demo_root, monkeypatch):
+    monkeypatch.setenv("TEST_DEMO_ROOT", str(demo_root))
+    files = []
+    for count in (1, 2):
+        at = ["SSL.SELF_TRAINING.AT", "(0.1,)", "SOLVER.AMP.ENABLED", "False"]  # before the first
+        cfg = self_cfg(tiny_cfg, *at, "SOLVER.MAX_ITER", "1", output_dir=tmp_path / str(count))
+        launch(label_in_processes, count, args=(cfg,))
+        files.append(COCO(os.path.join(cfg.OUTPUT_DIR, "labels_0000000.json")).dataset)
+    one, two = files
+    assert one["images"] == two["images"] and len(one["images"]) == 4
+    assert [a["image_id"] for a in one["annotations"]] == [
+        a["image_id"] for a in two["annotations"]
+    ]
+    boxes = [np.array([a["bbox"] for a in labels["annotations"]]) for labels in files]
+    np.testing.assert_allclose(*boxes, atol=0.1)
+    assert len(boxes[0])
+
+
+def test_labelled_photos_are_not_labelled_again(tiny_cfg, caplog):
+    caplog.set_level("INFO", logger="d2ssl")
+    cfg = self_cfg(tiny_cfg)
+    register_datasets(cfg)
+    labeled = DatasetCatalog.get("balloon_demo_train")[:3]
+    names = {os.path.basename(d["file_name"]) for d in unlabeled_photos(cfg, labeled)}
+    assert len(names) == 5 and not names & {os.path.basename(d["file_name"]) for d in labeled}
+    cfg = self_cfg(tiny_cfg, "DATASETS.TRAIN", "('balloon_demo_train',)")
+    FinetuneTrainer(cfg).train()
+    assert "each photo of SSL.DATASETS has labels" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["SSL.SELF_TRAINING.AT", "(1.5,)"], "AT .1.5.*between 0 and 1"),
+        (["SSL.SELF_TRAINING.AT", "()"], "AT"),
+        (["SSL.SELF_TRAINING.LABELED", "0.0"], "LABELED 0.0"),
+        (["SSL.SELF_TRAINING.SCORE", "0.01"], "UNSURE 0.05 and SCORE 0.01"),
+        (["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.3"], "nothing below .*SCORE_THRESH_TEST 0.3"),
+        (["SSL.DATASETS", "()"], "SSL.DATASETS is empty.*SELF_TRAINING"),
+    ],
+)
+def test_options_that_cannot_be(tiny_cfg, opts, message):
+    with pytest.raises(D2SSLError, match=message):
+        self_cfg(tiny_cfg, *opts)
