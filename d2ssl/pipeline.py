@@ -18,6 +18,7 @@ from d2ssl.engine.auto import resolve_auto
 from d2ssl.engine.checkpoint import load_weights, refuse_other_conventions
 from d2ssl.engine.handoff import hand_off
 from d2ssl.engine.precision import apply_precision
+from d2ssl.engine.self_training import label_files
 from d2ssl.engine.trainer import FinetuneTrainer, PretrainTrainer
 from d2ssl.errors import D2SSLError
 from d2ssl.report.html import write_report
@@ -136,6 +137,7 @@ def _start(stage, resume: bool) -> None:
         weights = ["model_pretrained.pth", "model_result.pth", "model_best.pth"]
         pictures = ["matches.png", "reconstructions.png"]  # not every method has them
         results = ["metrics.json", "last_checkpoint", "results.json", *pictures]
+        results += map(os.path.basename, label_files(stage.OUTPUT_DIR))
         _forget(stage.OUTPUT_DIR, [*results, *weights])
     comm.synchronize()
 

@@ -6,6 +6,7 @@ Framework for Object Detection" (STAC), 2020, with labels made during one traini
 another one before it.
 """
 
+import glob
 import json
 import logging
 import os
@@ -28,6 +29,13 @@ from d2ssl.data.datasets.files import read_json
 from d2ssl.data.masks import encode
 
 logger = logging.getLogger("d2ssl")
+
+LABELS = "labels"  # how their files begin
+
+
+def label_files(folder: str) -> List[str]:
+    """Of a run, in the order in which they were made."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), f"{LABELS}_*.json")))
 
 
 class LabelPhotos(HookBase):
@@ -78,7 +86,7 @@ class LabelPhotos(HookBase):
             self.trainer.storage.put_scalar("labelling_seconds", took, smoothing_hint=False)
 
     def _file(self, iteration: int) -> str:
-        return os.path.join(self.folder, f"labels_{iteration:07d}.json")
+        return os.path.join(self.folder, f"{LABELS}_{iteration:07d}.json")
 
 
 @torch.no_grad()

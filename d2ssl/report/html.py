@@ -13,8 +13,9 @@ from PIL import Image
 from d2ssl import __version__
 from d2ssl.config import changed, finetune_cfg, method_title, pretrain_cfg, pretrained_path
 from d2ssl.data.build import count_photos, load_dicts
+from d2ssl.engine.self_training import label_files
 from d2ssl.report import pieces, plots
-from d2ssl.report.pictures import compare_predictions, predictions_file
+from d2ssl.report.pictures import compare_predictions, predictions_file, show_own_labels
 
 AP_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SMALL_TEST_SET = 200  # photos; COCO's own validation set has 5000
@@ -49,6 +50,11 @@ def _headline(cfg) -> str:
             ("Pretraining", f"{method_title(cfg)}, {cfg.SSL.PRECISION}, "
                             + _of_photos(pretrain.MAX_ITER, pretrain.IMS_PER_BATCH)),
         ]  # fmt: skip
+    if cfg.SSL.SELF_TRAINING.ENABLED:
+        times = ", ".join(f"{share:.0%}" for share in cfg.SSL.SELF_TRAINING.AT)
+        facts.append(
+            ("Labels by itself", f"the rest of {_sets(cfg.SSL.DATASETS)}, after {times} of it")
+        )
     facts += [
         ("Fine-tuned on", _sets(cfg.DATASETS.TRAIN)),
         ("Fine-tuning", f"{'bf16' if cfg.SOLVER.AMP.ENABLED else 'fp32'}, "
@@ -221,7 +227,28 @@ def _finetuning(cfg) -> str:
         (f"AP on the {plots.watched(metrics)} photos", plots.plot_ap(metrics)),
         ("Learning rate", plots.plot_learning_rate(metrics)),
     ]
-    return head + pieces.plots(figures) + _predictions(stage)
+    return head + pieces.plots(figures) + _own_labels(stage) + _predictions(stage)
+
+
+def _own_labels(stage) -> str:
+    """Of self-training: the labels that it went on with last."""
+    files = label_files(stage.OUTPUT_DIR) if stage.SSL.SELF_TRAINING.ENABLED else []
+    if not files:
+        return ""
+    figures = [
+        pieces.figure(shown.image, f"{shown.name}: {shown.sure} taken, {shown.unsure} hidden")
+        for shown in show_own_labels(files[-1], stage.DATASETS.TRAIN[0])
+    ]
+    options = stage.SSL.SELF_TRAINING
+    return (
+        "<h3>What the detector labelled itself</h3>"
+        + pieces.line(
+            f"In colour what it took for labels (a score of at least {options.SCORE:.0%}); what it "
+            f"was unsure of (at least {options.UNSURE:.0%}) is hidden and was painted over. "
+            f"{os.path.basename(files[-1])} has them all, in COCO's format."
+        )
+        + f'<div class="photos">{"".join(figures)}</div>'
+    )
 
 
 def _predictions(stage) -> str:
@@ -253,9 +280,10 @@ def _settings(cfg) -> str:
 
 
 def _method(cfg) -> str:
+    detector = "self-trained Mask R-CNN" if cfg.SSL.SELF_TRAINING.ENABLED else "Mask R-CNN"
     if cfg.SSL.ENABLED:
-        return f"{method_title(cfg)} pretraining, then Mask R-CNN"
-    return "Mask R-CNN without pretraining"
+        return f"{method_title(cfg)} pretraining, then {detector}"
+    return f"{detector[0].upper()}{detector[1:]} without pretraining"
 
 
 def _sets(names: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from d2ssl.atomic import atomic_open
 from d2ssl.data.datasets.catalog import decoded, listed
 from d2ssl.data.datasets.files import read_json
+from d2ssl.data.mapper import paint_over
 from d2ssl.data.masks import annotation_mask, read_label_image
 from d2ssl.data.photos import read_photo, shrink
 from d2ssl.data.views import View
@@ -32,6 +33,7 @@ COLORS = (
     (70, 240, 240), (240, 50, 230), (128, 0, 0), (210, 245, 60), (0, 0, 128), (170, 110, 40),
 )  # fmt: skip
 INK, PAPER, GAP = (40, 44, 52), (255, 255, 255), 12
+HIDDEN = (128, 128, 128)
 FEWEST_CELLS = 7  # a side of a view: with less the picture says little, with more it is crowded
 
 
@@ -387,6 +389,37 @@ def compare_predictions(
     metadata = MetadataCatalog.get(name)  # of a set that was listed: COCO's loader fills it then
     found = read_predictions(predictions_file(cfg), metadata, min_score)
     return [compare(photo, found.get(photo["image_id"], []), metadata, side) for photo in photos]
+
+
+@dataclass
+class OwnLabels:
+    """One photo with what the detector labelled on it."""
+
+    name: str
+    sure: int
+    unsure: int
+    image: np.ndarray  # H x W x 3 uint8 RGB
+
+
+def show_own_labels(path: str, name: str, num_photos: int = 8, side: int = 480) -> List[OwnLabels]:
+    """Photos of a file of :mod:`d2ssl.engine.self_training`, objects in colour with their score and
+    what is hidden in training in grey.
+
+    Args:
+        name: of the labelled set, for the classes.
+    """
+    content = read_json(path)
+    root, metadata, found = content["info"]["image_root"], MetadataCatalog.get(name), []
+    for image in content["images"][:num_photos]:
+        rows = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+        rows = [{**row, "bbox_mode": BoxMode.XYWH_ABS} for row in rows]
+        sure, unsure = ([r for r in rows if r["iscrowd"] == crowd] for crowd in (0, 1))
+        photo = read_photo(os.path.join(root, image["file_name"]))
+        if unsure:
+            photo = paint_over(photo, [r["segmentation"] for r in unsure], HIDDEN)
+        picture = draw_objects(photo, sure, metadata, side)
+        found.append(OwnLabels(image["file_name"], len(sure), len(unsure), picture))
+    return found
 
 
 def read_predictions(path: str, metadata, min_score: float) -> Dict[object, List[dict]]:

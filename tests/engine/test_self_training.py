@@ -15,9 +15,10 @@ from d2ssl.config import finetune_cfg
 from d2ssl.data.build import register_datasets, unlabeled_photos
 from d2ssl.data.datasets import register_balloon, register_coco
 from d2ssl.engine.launch import launch
-from d2ssl.engine.self_training import annotations, read_labels, write_labels
+from d2ssl.engine.self_training import annotations, label_files, read_labels, write_labels
 from d2ssl.engine.trainer import FinetuneTrainer
 from d2ssl.errors import D2SSLError
+from d2ssl.pipeline import run
 from tests.engine.test_trainer import assert_identical, final_state, run_and_stop_at
 
 
@@ -185,3 +186,21 @@ def test_labelled_photos_are_not_labelled_again(tiny_cfg, caplog):
 def test_options_that_cannot_be(tiny_cfg, opts, message):
     with pytest.raises(D2SSLError, match=message):
         self_cfg(tiny_cfg, *opts)
+
+
+def test_the_job_shows_what_was_labelled_and_a_new_one_forgets_it(tiny_cfg, tmp_path):
+    cfg = tiny_cfg(*SELF, *LOW, "SSL.SELF_TRAINING.AT", "(0.25, 0.5)")
+    run(cfg)
+    folder = finetune_cfg(cfg).OUTPUT_DIR
+    assert [os.path.basename(f) for f in label_files(folder)] == [
+        "labels_0000001.json",
+        "labels_0000002.json",
+    ]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Self-trained Mask R-CNN" in page and "What the detector labelled itself" in page
+    assert "labels_0000002.json has them all" in page
+    assert page.count(" taken, ") == 2 * 4  # each photo's caption, and for screen readers
+    other = tiny_cfg("SSL.ENABLED", "False")
+    run(other)
+    assert not label_files(folder)
+    assert "labelled itself" not in (tmp_path / "out" / "report.html").read_text()
