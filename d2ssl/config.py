@@ -33,6 +33,7 @@ PAIR = ([str, float], [str, int])  # an entry of SSL.METHODS
 BATCH_NORMS = ("FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN")
 # DATALOADER.SAMPLER_TRAIN, see d2ssl.data.sampling; the last is not Detectron2's.
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "ClassBalancedSampler")
+DETECTRON2_LR_AT_16 = 0.02  # photos a batch, in its baselines; others in proportion
 STUDY_KEYS = ("CONFIG", "COMMON", "BUDGETS", "ARMS")  # of another kind of yaml
 
 
@@ -420,10 +421,14 @@ def stock_cfg(cfg: CN) -> CN:
     """:func:`finetune_cfg` without the ``SSL`` node: the network in plain Detectron2 terms.
 
     Data sets must be registered by whoever trains with it; ``balloon_train@16`` is d2ssl's name.
-    ``ClassBalancedSampler`` is d2ssl's too: stock Detectron2 gets its default.
+    ``ClassBalancedSampler`` is d2ssl's too: stock Detectron2 gets its default. So are LARS and
+    AdamW, whose lr and weight decay would not do for its SGD: it gets those of its own baselines.
     """
     cfg = finetune_cfg(cfg)
     cfg.defrost()
+    if cfg.SSL.FINETUNE.OPTIMIZER != "SGD":
+        cfg.SOLVER.BASE_LR = DETECTRON2_LR_AT_16 * cfg.SOLVER.IMS_PER_BATCH / 16
+        cfg.SOLVER.WEIGHT_DECAY = get_detectron2_cfg().SOLVER.WEIGHT_DECAY
     del cfg["SSL"]
     if cfg.DATALOADER.SAMPLER_TRAIN == "ClassBalancedSampler":
         cfg.DATALOADER.SAMPLER_TRAIN = "TrainingSampler"

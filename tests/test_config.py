@@ -103,6 +103,14 @@ def test_missing_file_and_unknown_key_in_file(tmp_path):
         load_cfg(str(bad))
 
 
+def test_stock_detectron2_gets_an_lr_for_its_own_optimizer():
+    opts = ["SOLVER.BASE_LR", "0.0001", "SOLVER.WEIGHT_DECAY", "0.05", "SOLVER.IMS_PER_BATCH", "4"]
+    opts += ["SSL.FINETUNE.OPTIMIZER"]
+    adamw, sgd = (stock_cfg(load_cfg(opts=[*PHOTOS, *opts, name])) for name in ("AdamW", "SGD"))
+    assert (adamw.SOLVER.BASE_LR, adamw.SOLVER.WEIGHT_DECAY) == (0.005, 1e-4)
+    assert (sgd.SOLVER.BASE_LR, sgd.SOLVER.WEIGHT_DECAY) == (0.0001, 0.05)
+
+
 def test_a_study_is_sent_to_its_tool():
     with pytest.raises(D2SSLError, match="CONFIG is a study's: give this file to tools/study.py"):
         load_cfg(str(CONFIGS / "study" / "demo.yaml"))
