@@ -98,9 +98,9 @@ def detect(
     Args:
         model: Detectron2's; it is in eval mode inside.
         mapper: makes its input of a photo.
-        score: of what becomes an object, at least.
-        unsure: what has at least this score, but not that one, is marked ``iscrowd``; of its mask
-            without what objects cover. Where nothing is left of it, it is left out.
+        score: of what becomes an object, at least; and better ones cover no more than half of it.
+        unsure: what else has at least this score is marked ``iscrowd``, of its mask without what
+            objects cover. Where nothing is left of it, it is left out.
     """
     found = []
     with inference_context(model):
@@ -120,7 +120,12 @@ def annotations(instances, score: float) -> List[dict]:
         for mask, box in zip(masks, instances.pred_boxes.tensor.round().int().tolist()):
             mask[box[1] : box[3], box[0] : box[2]] = True
     sure = (instances.scores >= score).numpy()
-    masks[~sure] &= ~masks[sure].any(0)
+    covered = np.zeros((height, width), bool)
+    for i in np.argsort(-instances.scores.numpy(), kind="stable"):
+        # Most of it was found before, by a higher score: a second half of the same object.
+        sure[i] &= np.count_nonzero(masks[i] & covered) <= 0.5 * np.count_nonzero(masks[i])
+        covered |= masks[i] & sure[i]
+    masks[~sure] &= ~covered
     rows = zip(
         instances.pred_boxes.tensor.tolist(),
         instances.scores.tolist(),

@@ -47,6 +47,14 @@ def test_the_unsure_is_marked_without_what_objects_cover(masks):
     assert [round(a["score"], 5) for a in found] == [0.9, 0.3]
 
 
+def test_the_second_half_of_an_object_is_no_object():
+    boxes = [[0.0, 0, 4, 8], [0.0, 0, 4, 10], [0.0, 4, 12, 8]]  # shares covered: 0, 0.8, 1/3
+    found = annotations(predicted([0.9, 0.8, 0.7], boxes), score=0.6)
+    assert [(round(a["score"], 5), a["iscrowd"]) for a in found] == [(0.9, 0), (0.8, 1), (0.7, 0)]
+    (hidden,) = (coco_mask.decode(a["segmentation"]) for a in found if a["iscrowd"])
+    assert hidden.sum() == 4 * 2
+
+
 def test_what_has_just_the_score_is_an_object():
     (found,) = annotations(predicted([0.5], [[0.0, 0, 4, 4]]), score=0.5)
     assert found["iscrowd"] == 0
