@@ -201,7 +201,7 @@ def build_finetune_loader(cfg) -> StreamLoader:
         dicts = labelled
     options, self_training = cfg.SSL.FINETUNE, cfg.SSL.SELF_TRAINING.ENABLED
     largest = max(cfg.INPUT.MIN_SIZE_TRAIN) * max([1.0, *options.SCALE_JITTER])
-    later = unlabeled_photos(cfg, dicts) if self_training else []
+    later = unlabeled_photos(cfg) if self_training else []
     store = _store(cfg, dicts + later, math.ceil(largest))
     # What is left of a covered object, and what a detector finds, is pixels.
     pixels = options.COPY_PASTE > 0 or self_training
@@ -211,11 +211,13 @@ def build_finetune_loader(cfg) -> StreamLoader:
     return StreamLoader(dicts, mapper, solver.IMS_PER_BATCH, cfg.SEED, workers, order)
 
 
-def unlabeled_photos(cfg, labeled: Sequence[dict]) -> List[dict]:
-    """The photos of ``SSL.DATASETS`` that are not among the labelled ones, without annotations."""
-    known = {os.path.realpath(d["file_name"]) for d in labeled}
+def unlabeled_photos(cfg) -> List[dict]:
+    """The photos of ``SSL.DATASETS`` that nobody labelled, without annotations: none that the
+    detector is trained, tested, or watched on, whatever its set is called."""
+    names = _registered(detection_sets(cfg))
+    labeled = {os.path.realpath(d["file_name"]) for name in names for d in _rows(name)}
     photos = load_photos(cfg.SSL.DATASETS)
-    return [d for d in photos if os.path.realpath(d["file_name"]) not in known]
+    return [d for d in photos if os.path.realpath(d["file_name"]) not in labeled]
 
 
 def mask_format(cfg, dicts: List[dict]) -> str:

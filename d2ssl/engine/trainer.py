@@ -416,7 +416,7 @@ class FinetuneTrainer(Trainer):
                 self.loader.switch_to([*labeled, *found], both)
 
         iterations = {round(share * self.max_iter) for share in options.AT}
-        photos = unlabeled_photos(cfg, labeled)
+        photos = unlabeled_photos(cfg)
         if not photos:
             logger.info("SSL.SELF_TRAINING: each photo of SSL.DATASETS has labels, none is left")
             return []

@@ -12,8 +12,8 @@ from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 
 from d2ssl.config import finetune_cfg
-from d2ssl.data.build import register_datasets, unlabeled_photos
-from d2ssl.data.datasets import register_balloon, register_coco
+from d2ssl.data.build import load_dicts, register_datasets, unlabeled_photos
+from d2ssl.data.datasets import register_balloon, register_coco, register_image_folder
 from d2ssl.engine.launch import launch
 from d2ssl.engine.self_training import annotations, label_files, read_labels, write_labels
 from d2ssl.engine.trainer import FinetuneTrainer
@@ -168,16 +168,27 @@ def test_two_processes_label_as_one(tiny_cfg, tmp_path, demo_root, monkeypatch):
     assert len(boxes[0])
 
 
-def test_labelled_photos_are_not_labelled_again(tiny_cfg, caplog):
+def test_labelled_photos_are_not_labelled_again(tiny_cfg, tmp_path, caplog):
+    """Nor those that the detector is tested or watched on, though they lie in the same folder."""
     caplog.set_level("INFO", logger="d2ssl")
-    cfg = self_cfg(tiny_cfg)
-    register_datasets(cfg)
-    labeled = DatasetCatalog.get("balloon_demo_train")[:3]
-    names = {os.path.basename(d["file_name"]) for d in unlabeled_photos(cfg, labeled)}
-    assert len(names) == 5 and not names & {os.path.basename(d["file_name"]) for d in labeled}
+    everything = tmp_path / "everything"
+    train, val, part = (set(file_names(f"balloon_demo_{s}")) for s in ("train", "val", "train@4"))
+    everything.mkdir()
+    for path in train | val:
+        (
+            everything / f"{os.path.basename(os.path.dirname(path))}_{os.path.basename(path)}"
+        ).symlink_to(path)
+    register_image_folder("everything", str(everything))
+    opts = ["SSL.DATASETS", "('everything',)", "SSL.FINETUNE.DEV_DATASET", "balloon_demo_train@-2"]
+    found = {os.path.realpath(d["file_name"]) for d in unlabeled_photos(self_cfg(tiny_cfg, *opts))}
+    assert found == train - part - set(file_names("balloon_demo_train@-2")) and len(found) == 2
     cfg = self_cfg(tiny_cfg, "DATASETS.TRAIN", "('balloon_demo_train',)")
     FinetuneTrainer(cfg).train()
     assert "each photo of SSL.DATASETS has labels" in caplog.text
+
+
+def file_names(name):
+    return [os.path.realpath(d["file_name"]) for d in load_dicts([name])]
 
 
 @pytest.mark.parametrize(
