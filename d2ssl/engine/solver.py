@@ -12,6 +12,7 @@ from lightly.utils.lars import LARS
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from d2ssl.compat import one_pass_optimizer
 from d2ssl.errors import D2SSLError
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -42,15 +43,15 @@ def build_optimizer(solver, name: str, parts: Dict[str, Iterable[Tuple[nn.Module
     if not groups:
         raise D2SSLError("no parameter is left to train; unfreeze a part")
 
-    lr, momentum = solver.BASE_LR, solver.MOMENTUM
+    lr, momentum, one_pass = solver.BASE_LR, solver.MOMENTUM, one_pass_optimizer()
     if name == "SGD":
         optimizer = torch.optim.SGD(
-            groups, lr=lr, momentum=momentum, nesterov=solver.NESTEROV, foreach=True
+            groups, lr=lr, momentum=momentum, nesterov=solver.NESTEROV, **one_pass
         )
     elif name == "LARS":
         optimizer = LARS(groups, lr=lr, momentum=momentum)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=lr)
+        optimizer = torch.optim.AdamW(groups, lr=lr, **one_pass)
     # Of a config, Detectron2's clipping reads nothing but SOLVER.
     return maybe_add_gradient_clipping(SimpleNamespace(SOLVER=solver), optimizer)
 
