@@ -194,6 +194,11 @@ def read_labels(file: str) -> List[dict]:
     dicts = list(_divided(load_coco_json(file, root)))
     count = sum(len(d["annotations"]) for d in dicts)
     logger.info("The detector labelled %d objects on %d photos: %s", count, len(dicts), file)
+    if not count:
+        logger.warning(
+            "The detector is sure of nothing, so nothing changes: train longer, label later "
+            "(SSL.SELF_TRAINING.AT) or lower SSL.SELF_TRAINING.SCORE"
+        )
     return dicts
 
 

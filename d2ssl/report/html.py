@@ -15,7 +15,12 @@ from d2ssl.config import changed, finetune_cfg, method_title, pretrain_cfg, pret
 from d2ssl.data.build import count_photos, load_dicts
 from d2ssl.engine.self_training import label_files
 from d2ssl.report import pieces, plots
-from d2ssl.report.pictures import compare_predictions, predictions_file, show_own_labels
+from d2ssl.report.pictures import (
+    compare_predictions,
+    count_own_labels,
+    predictions_file,
+    show_own_labels,
+)
 
 AP_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SMALL_TEST_SET = 200  # photos; COCO's own validation set has 5000
@@ -239,13 +244,15 @@ def _own_labels(stage) -> str:
         pieces.figure(shown.image, f"{shown.name}: {shown.sure} taken, {shown.unsure} hidden")
         for shown in show_own_labels(files[-1], stage.DATASETS.TRAIN[0])
     ]
+    used, photos, objects = count_own_labels(files[-1])
     options = stage.SSL.SELF_TRAINING
     return (
         "<h3>What the detector labelled itself</h3>"
         + pieces.line(
             f"In colour what it took for labels (a score of at least {options.SCORE:.0%}); what it "
             f"was unsure of (at least {options.UNSURE:.0%}) is hidden and was painted over. "
-            f"{os.path.basename(files[-1])} has them all, in COCO's format."
+            f"{pieces.count(objects, 'object')} on {used} of {pieces.count(photos, 'photo')}, the "
+            f"others were left out; {os.path.basename(files[-1])} has all, in COCO's format."
         )
         + f'<div class="photos">{"".join(figures)}</div>'
     )

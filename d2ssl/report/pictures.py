@@ -422,6 +422,13 @@ def show_own_labels(path: str, name: str, num_photos: int = 8, side: int = 480) 
     return found
 
 
+def count_own_labels(path: str) -> Tuple[int, int, int]:
+    """Of a file of :mod:`d2ssl.engine.self_training`: photos with an object, photos, objects."""
+    content = read_json(path)
+    objects = [a["image_id"] for a in content["annotations"] if not a["iscrowd"]]
+    return len(set(objects)), len(content["images"]), len(objects)
+
+
 def read_predictions(path: str, metadata, min_score: float) -> Dict[object, List[dict]]:
     """image_id -> predicted objects, in the form of a dataset dict's annotations with ``score``.
 

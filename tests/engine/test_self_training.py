@@ -133,7 +133,7 @@ def test_resume_is_exact(tiny_cfg, tmp_path, at):
     assert_identical(final_state(whole.OUTPUT_DIR), final_state(parts.OUTPUT_DIR))
 
 
-def test_the_labels_change_what_is_learnt(tiny_cfg, tmp_path):
+def test_the_labels_change_what_is_learnt(tiny_cfg, tmp_path, caplog):
     cfgs = [
         self_cfg(tiny_cfg, "SSL.SELF_TRAINING.SCORE", score, output_dir=tmp_path / score)
         for score in ("0.06", "1.0")
@@ -143,6 +143,7 @@ def test_the_labels_change_what_is_learnt(tiny_cfg, tmp_path):
         trainer.train()
     some, none = (t.module.state_dict()["backbone.fpn_output2.weight"] for t in trainers)
     assert len(trainers[1].loader.stream.dicts) == 4 and not torch.equal(some, none)
+    assert "sure of nothing, so nothing changes" in caplog.text
 
 
 def label_in_processes(cfg):
@@ -217,7 +218,7 @@ def test_the_job_shows_what_was_labelled_and_a_new_one_forgets_it(tiny_cfg, tmp_
     ]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Self-trained Mask R-CNN" in page and "What the detector labelled itself" in page
-    assert "labels_0000002.json has them all" in page
+    assert "of 4 photos, the others were left out; labels_0000002.json has all" in page
     assert page.count(" taken, ") == 2 * 4  # each photo's caption, and for screen readers
     other = tiny_cfg("SSL.ENABLED", "False")
     run(other)
