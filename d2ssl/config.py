@@ -300,6 +300,10 @@ def _check(cfg: CN) -> None:
         f"SSL.SELF_TRAINING: UNSURE {self_training.UNSURE} and SCORE {self_training.SCORE}: give "
         "0 < UNSURE <= SCORE <= 1",
     )
+    require(
+        not (self_training.ENABLED and cfg.MODEL.KEYPOINT_ON),
+        "SSL.SELF_TRAINING makes no keypoints: set MODEL.KEYPOINT_ON False, or ENABLED False",
+    )
     lowest = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
     require(
         not self_training.ENABLED or self_training.UNSURE >= lowest,

@@ -73,6 +73,14 @@ def test_eval_only_gives_the_reported_result(whole_job, train_net):
     assert again["segm"] == reported["segm"] and again["bbox"] == reported["bbox"]
 
 
+def test_eval_only_under_another_convention_is_refused(whole_job, train_net):
+    weights = str(whole_job / "finetune/model_result.pth")
+    process = train_net("--eval-only", *TINY, "MODEL.WEIGHTS", weights, "INPUT.FORMAT", "RGB",
+                        "OUTPUT_DIR", "refused")  # fmt: skip
+    assert process.returncode == 2 and "were made with INPUT.FORMAT BGR" in process.stderr
+    assert not (train_net.folder / "refused" / "results.json").exists()
+
+
 def test_resume_of_a_finished_job_repeats_nothing(whole_job, train_net):
     checkpoint = whole_job / "pretrain/model_final.pth"
     before = checkpoint.stat().st_mtime_ns

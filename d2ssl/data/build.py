@@ -199,16 +199,18 @@ def build_finetune_loader(cfg) -> StreamLoader:
         if len(labelled) < len(dicts):
             logger.info("%d photos without annotation left out", len(dicts) - len(labelled))
         dicts = labelled
-    options, self_training = cfg.SSL.FINETUNE, cfg.SSL.SELF_TRAINING.ENABLED
-    largest = max(cfg.INPUT.MIN_SIZE_TRAIN) * max([1.0, *options.SCALE_JITTER])
-    later = unlabeled_photos(cfg) if self_training else []
-    store = _store(cfg, dicts + later, math.ceil(largest))
-    # What is left of a covered object, and what a detector finds, is pixels.
-    pixels = options.COPY_PASTE > 0 or self_training
-    masks = "bitmask" if pixels else mask_format(cfg, dicts)
+    later = unlabeled_photos(cfg) if cfg.SSL.SELF_TRAINING.ENABLED else []
+    store = _store(cfg, dicts + later, training_side(cfg))
+    # What is left of a covered object is pixels.
+    masks = "bitmask" if cfg.SSL.FINETUNE.COPY_PASTE > 0 else mask_format(cfg, dicts)
     mapper = DetectionMapper(cfg, store.get, mask_format=masks, others=dicts)
     solver, workers, order = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, build_order(cfg, dicts)
     return StreamLoader(dicts, mapper, solver.IMS_PER_BATCH, cfg.SEED, workers, order)
+
+
+def training_side(cfg) -> int:
+    """The short side of a photo that fine-tuning needs at most, in pixels."""
+    return math.ceil(max(cfg.INPUT.MIN_SIZE_TRAIN) * max([1.0, *cfg.SSL.FINETUNE.SCALE_JITTER]))
 
 
 def unlabeled_photos(cfg) -> List[dict]:
@@ -231,7 +233,7 @@ def mask_format(cfg, dicts: List[dict]) -> str:
 def build_validation_batches(cfg, names: Sequence[str], limit: int = 64) -> List[List[dict]]:
     """Up to ``limit`` annotated photos at test size, one a batch, held in memory."""
     dicts = [d for d in load_dicts(names) if d.get("annotations")]
-    mapper = test_mapper(cfg, mask_format(cfg, dicts))
+    mapper = mapper_at_test_size(cfg, mask_format(cfg, dicts))
     return [[mapper(d)] for d in spread(dicts, limit)]
 
 
@@ -242,7 +244,7 @@ def calibration_batches(cfg, names: Sequence[str], limit: int, size: int = 16) -
     batch, each would be whitened by itself, and what differs between photos would be lost. Equal
     sides, multiples of 32, keep padding out of the statistics.
     """
-    mapper = test_mapper(cfg)
+    mapper = mapper_at_test_size(cfg)
     dicts = spread(load_photos(names), limit)
     images = [mapper(d)["image"] for d in dicts]
     count = math.ceil(len(images) / size)
@@ -259,7 +261,7 @@ def _equal_crops(images: List[torch.Tensor]) -> List[torch.Tensor]:
     return [i[:, t : t + height, x : x + width] for i, t, x in zip(images, tops, lefts)]
 
 
-def test_mapper(cfg, mask_format: str = "") -> DetectionMapper:
+def mapper_at_test_size(cfg, mask_format: str = "") -> DetectionMapper:
     """A photo at test size, its annotations with it."""
     size = cfg.INPUT.MIN_SIZE_TEST  # 0: Detectron2 does not resize
     read = PhotoStore(size).get if size else read_photo

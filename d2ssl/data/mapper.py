@@ -266,8 +266,9 @@ class DetectionMapper(DatasetMapper):
             )
         if self.image_format == "BGR":
             photo = cv2.cvtColor(photo, cv2.COLOR_RGB2BGR)
-        if dataset_dict.get("hidden"):
-            photo = paint_over(photo, dataset_dict.pop("hidden"), self.fill)
+        hidden = dataset_dict.pop("hidden", None)
+        if hidden:
+            photo = paint_over(photo, hidden, self.fill)
         scaled = T.AugInput(photo)
         transforms = augmentations(scaled)
         if (h, w) != (height, width):
@@ -281,8 +282,12 @@ class DetectionMapper(DatasetMapper):
             # Stock fails where it is to take the boxes from masks, and there is none.
             del dataset_dict["annotations"]
             dataset_dict["instances"] = detection_utils.annotations_to_instances([], image_shape)
-        else:
-            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        usual = self.instance_mask_format
+        if has_rle([dataset_dict]):  # labels of a detector's own, beside others that are polygons
+            self.instance_mask_format = "bitmask"
+        super()._transform_annotations(dataset_dict, transforms, image_shape)
+        self.instance_mask_format = usual
 
     def _pasted(self, image: np.ndarray, instances: Instances) -> Tuple[np.ndarray, Instances]:
         """With some objects of another photo, which has a scale, crop and flip of its own; as it

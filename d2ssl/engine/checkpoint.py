@@ -13,7 +13,7 @@ from torch import nn
 from d2ssl.atomic import atomic_open
 from d2ssl.data.datasets import ensure_registered
 from d2ssl.data.datasets.catalog import listed
-from d2ssl.engine.weights_file import TORCHVISION, differing_keys, quoted
+from d2ssl.engine.weights_file import TORCHVISION, differing_keys, get, quoted
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.predictors import class_names, describe_fit, fit_predictors, predictors_in
 from d2ssl.modeling.trunk import part_of
@@ -109,12 +109,16 @@ class Checkpointer(DetectionCheckpointer):
 
     Args:
         classes: names of the model's classes, saved with it as ``thing_classes``.
+        conventions: config keys that no tensor shows, saved with it, see
+            :func:`refuse_other_conventions`.
     """
 
-    def __init__(self, *args, classes: Sequence[str] = (), **kwargs):
+    def __init__(self, *args, classes: Sequence[str] = (), conventions: Dict = {}, **kwargs):
         super().__init__(*args, **kwargs)
         self.path_manager = _AtomicPaths(self.path_manager)
         self._extra = {"thing_classes": [*classes]} if classes else {}
+        if conventions:
+            self._extra["conventions"] = conventions
         self._wanted = (), ()
         self._fit: Tuple[str, List[str]] = "", []
         self._incompatible = None
@@ -122,7 +126,8 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint):
         model = self.model.state_dict()
-        self._conventions = checkpoint.get("d2ssl", {}).get("config", {})
+        recorded = checkpoint.get("d2ssl", {}).get("config", {})
+        self._conventions = checkpoint.get("conventions", recorded)
         _convolution_bias_to_norm(checkpoint["model"], model)
         self._fit = _fit_predictors(checkpoint, model, *self._wanted)
         self._incompatible = super()._load_model(checkpoint)
@@ -204,6 +209,11 @@ def load_weights(
     return Checkpointer(model).load_report(path, classes, file_classes)
 
 
+def conventions_of(cfg) -> Dict:
+    """What :func:`refuse_other_conventions` compares, of a config, as plain values."""
+    return {key: get(cfg, key) for key in TORCHVISION}
+
+
 def refuse_other_conventions(cfg, report: MatchReport) -> None:
     """Weights that say what they were made under are not used under anything else.
 
@@ -212,7 +222,10 @@ def refuse_other_conventions(cfg, report: MatchReport) -> None:
     Raises:
         D2SSLError: naming the keys that differ and their values.
     """
-    wanted = {key: report.conventions[key] for key in TORCHVISION if key in report.conventions}
+    keys = [key for key in TORCHVISION if key in report.conventions]
+    if cfg.MODEL.RESNETS.DEPTH < 50:  # there is no 1x1 convolution with a stride
+        keys = [key for key in keys if key != "MODEL.RESNETS.STRIDE_IN_1X1"]
+    wanted = {key: report.conventions[key] for key in keys}
     differing = differing_keys(cfg, wanted)
     if differing:
         values = ", ".join(f"{key} {quoted(value)}" for key, value in differing.items())

@@ -11,12 +11,12 @@ import json
 import logging
 import os
 import time
-from typing import Callable, Dict, Iterator, List, Sequence
+from typing import Callable, Dict, List, Sequence
 
+import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
-from detectron2.data.datasets import load_coco_json
 from detectron2.engine import HookBase
 from detectron2.evaluation import inference_context
 from detectron2.structures import BoxMode
@@ -50,6 +50,7 @@ class LabelPhotos(HookBase):
         use: called with the photos on which something was found, as dataset dicts.
         folder: for ``labels_<iteration>.json``, in COCO's format.
         classes: names.
+        side: short side of the photos in memory, that labels are scaled down to.
     """
 
     def __init__(
@@ -60,14 +61,15 @@ class LabelPhotos(HookBase):
         use: Callable[[List[dict]], None],
         folder: str,
         classes: Sequence[str],
+        side: int,
     ):
-        self.iterations, self.label, self.photos = sorted(iterations), label, photos
-        self.use, self.folder, self.classes = use, folder, classes
+        self.iterations, self.label, self.photos = set(iterations), label, photos
+        self.use, self.folder, self.classes, self.side = use, folder, classes, side
 
     def before_train(self):
-        past = [i for i in self.iterations if i < self.trainer.start_iter]
-        if past:
-            self.use(read_labels(self._file(past[-1])))
+        for file in label_files(self.folder):  # as before: of labels that are empty, none
+            if file < self._file(self.trainer.start_iter):
+                self.use(read_labels(file, self.photos, self.side))
 
     def before_step(self):
         if self.trainer.iter in self.iterations:
@@ -81,7 +83,7 @@ class LabelPhotos(HookBase):
                 ]
                 write_labels(file, self.photos, labels, self.classes)
             comm.synchronize()
-            self.use(read_labels(file))
+            self.use(read_labels(file, self.photos, self.side))
             took = time.perf_counter() - started
             self.trainer.storage.put_scalar("labelling_seconds", took, smoothing_hint=False)
 
@@ -98,7 +100,8 @@ def detect(
     Args:
         model: Detectron2's; it is in eval mode inside.
         mapper: makes its input of a photo.
-        score: of what becomes an object, at least; and better ones cover no more than half of it.
+        score: of what becomes an object, at least; and better ones of its class cover no more than
+            half of its mask.
         unsure: what else has at least this score is marked ``iscrowd``, of its mask without what
             objects cover. Where nothing is left of it, it is left out.
     """
@@ -120,12 +123,9 @@ def annotations(instances, score: float) -> List[dict]:
         for mask, box in zip(masks, instances.pred_boxes.tensor.round().int().tolist()):
             mask[box[1] : box[3], box[0] : box[2]] = True
     sure = (instances.scores >= score).numpy()
-    covered = np.zeros((height, width), bool)
-    for i in np.argsort(-instances.scores.numpy(), kind="stable"):
-        # Most of it was found before, by a higher score: a second half of the same object.
-        sure[i] &= np.count_nonzero(masks[i] & covered) <= 0.5 * np.count_nonzero(masks[i])
-        covered |= masks[i] & sure[i]
-    masks[~sure] &= ~covered
+    if instances.has("pred_masks"):
+        sure &= ~_covered(masks, instances.scores.numpy(), instances.pred_classes.numpy(), sure)
+    masks[~sure] &= ~masks[sure].any(0)
     rows = zip(
         instances.pred_boxes.tensor.tolist(),
         instances.scores.tolist(),
@@ -145,6 +145,22 @@ def annotations(instances, score: float) -> List[dict]:
         for box, value, category, mask, is_sure in rows
         if mask.any()
     ]
+
+
+def _covered(
+    masks: np.ndarray, scores: np.ndarray, classes: np.ndarray, sure: np.ndarray
+) -> np.ndarray:
+    """Of which objects most lies in better ones of their class: second halves of the same object.
+    NMS sees their boxes alone."""
+    covered = np.zeros(len(masks), bool)
+    better = {c: np.zeros(masks.shape[1:], bool) for c in np.unique(classes)}
+    for i in np.argsort(-scores, kind="stable"):
+        if sure[i]:
+            before = better[classes[i]]
+            share = np.count_nonzero(masks[i] & before) / max(1, np.count_nonzero(masks[i]))
+            covered[i] = share > 0.5
+            before |= masks[i] & ~covered[i]
+    return covered
 
 
 def _encode(mask: np.ndarray) -> dict:
@@ -187,11 +203,15 @@ def write_labels(
         json.dump(content, out)
 
 
-def read_labels(file: str) -> List[dict]:
-    """Dataset dicts of the photos of :func:`write_labels` with an object; what the detector was
-    unsure of is not among the ``annotations``, but a list of masks (RLE) under ``hidden``."""
-    root = read_json(file)["info"]["image_root"]
-    dicts = list(_divided(load_coco_json(file, root)))
+def read_labels(file: str, photos: Sequence[dict], side: int) -> List[dict]:
+    """Those of the photos of :func:`write_labels` that have an object, as dataset dicts of copies
+    with a short side of at most ``side``; what the detector was unsure of is not among the
+    ``annotations``, but a list of masks (RLE) under ``hidden``."""
+    found: Dict[int, List[dict]] = {}
+    for row in read_json(file)["annotations"]:
+        found.setdefault(row["image_id"], []).append(row)
+    labeled = [number for number, rows in found.items() if not all(r["iscrowd"] for r in rows)]
+    dicts = [_at_side(photos[number], found[number], side) for number in sorted(labeled)]
     count = sum(len(d["annotations"]) for d in dicts)
     logger.info("The detector labelled %d objects on %d photos: %s", count, len(dicts), file)
     if not count:
@@ -202,9 +222,28 @@ def read_labels(file: str) -> List[dict]:
     return dicts
 
 
-def _divided(dicts: Sequence[dict]) -> Iterator[dict]:
-    for d in dicts:
-        objects = [a for a in d["annotations"] if not a["iscrowd"]]
-        hidden = [a["segmentation"] for a in d["annotations"] if a["iscrowd"]]
-        if objects:
-            yield {**d, "annotations": objects, "hidden": hidden}
+def _at_side(photo: dict, rows: Sequence[dict], side: int) -> dict:
+    """A photo with rows of the file as its labels, at the size that it is trained on: to decode
+    masks of 3 megapixels takes longer than all else that is done to a photo."""
+    scale = min(1.0, side / min(photo["height"], photo["width"]))
+    height, width = round(photo["height"] * scale), round(photo["width"] * scale)
+    objects, hidden = [], []
+    for row in rows:
+        mask = coco_mask.decode(row["segmentation"])
+        small = cv2.resize(mask * 255, (width, height), interpolation=cv2.INTER_AREA) > 127
+        segmentation = _encode(small)
+        if row["iscrowd"] or not small.any():
+            hidden.append(segmentation)
+            continue
+        box = [value * scale for value in row["bbox"]]
+        objects.append(
+            {
+                "bbox": box,
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "segmentation": segmentation,
+                "category_id": row["category_id"],
+                "iscrowd": 0,
+            }
+        )
+    size = {"height": height, "width": width}
+    return {**photo, **size, "annotations": objects, "hidden": hidden}

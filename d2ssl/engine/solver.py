@@ -12,7 +12,7 @@ from lightly.utils.lars import LARS
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from d2ssl.compat import one_pass_optimizer
+from d2ssl.compat import one_pass_adamw
 from d2ssl.errors import D2SSLError
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -43,17 +43,27 @@ def build_optimizer(solver, name: str, parts: Dict[str, Iterable[Tuple[nn.Module
     if not groups:
         raise D2SSLError("no parameter is left to train; unfreeze a part")
 
-    lr, momentum, one_pass = solver.BASE_LR, solver.MOMENTUM, one_pass_optimizer()
+    lr, momentum = solver.BASE_LR, solver.MOMENTUM
     if name == "SGD":
         optimizer = torch.optim.SGD(
-            groups, lr=lr, momentum=momentum, nesterov=solver.NESTEROV, **one_pass
+            groups, lr=lr, momentum=momentum, nesterov=solver.NESTEROV, foreach=True
         )
     elif name == "LARS":
         optimizer = LARS(groups, lr=lr, momentum=momentum)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=lr, **one_pass)
+        optimizer = torch.optim.AdamW(groups, lr=lr, **one_pass_adamw())
     # Of a config, Detectron2's clipping reads nothing but SOLVER.
     return maybe_add_gradient_clipping(SimpleNamespace(SOLVER=solver), optimizer)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load a saved state, each tensor laid out as its weight is now: channels_last or not, as the
+    precision wants it, which need not be that of the saved run."""
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter).copy_(value)
 
 
 def named_leaves(model: nn.Module):

@@ -21,7 +21,8 @@ from d2ssl.data.build import (
     build_pretrain_loader,
     build_validation_batches,
     calibration_batches,
-    test_mapper,
+    mapper_at_test_size,
+    training_side,
     unlabeled_photos,
 )
 from d2ssl.data.sampling import interleaved, photo_at
@@ -29,6 +30,7 @@ from d2ssl.engine import hooks as d2ssl_hooks
 from d2ssl.engine.checkpoint import (
     Checkpointer,
     MatchReport,
+    conventions_of,
     fitting,
     load_weights,
     refuse_other_conventions,
@@ -38,7 +40,13 @@ from d2ssl.engine.coco import build_evaluator, flatten
 from d2ssl.engine.launch import distribute
 from d2ssl.engine.precision import apply_precision
 from d2ssl.engine.self_training import LabelPhotos, detect
-from d2ssl.engine.solver import build_optimizer, loaded_rise, main_schedule, named_leaves
+from d2ssl.engine.solver import (
+    build_optimizer,
+    load_optimizer,
+    loaded_rise,
+    main_schedule,
+    named_leaves,
+)
 from d2ssl.errors import D2SSLError, Diverged
 from d2ssl.modeling import norm
 from d2ssl.modeling.pretext_model import PretextModel
@@ -80,7 +88,11 @@ class Trainer(DefaultTrainer):
         model = distribute(self.module, self.find_unused_parameters)
         self._trainer = SimpleTrainer(model, self.loader, optimizer)
         self.checkpointer = Checkpointer(
-            model, cfg.OUTPUT_DIR, classes=self.classes(), trainer=weakref.proxy(self)
+            model,
+            cfg.OUTPUT_DIR,
+            classes=self.classes(),
+            conventions=conventions_of(cfg),
+            trainer=weakref.proxy(self),
         )
         self.register_hooks(self.build_hooks())
         if resume:
@@ -190,7 +202,7 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict):
         TrainerBase.load_state_dict(self, state_dict)
-        self.optimizer.load_state_dict(state_dict["optimizer"])
+        load_optimizer(self.optimizer, state_dict["optimizer"])
         self.loaded_parts = set(state_dict["loaded_parts"])
 
 
@@ -402,7 +414,7 @@ class FinetuneTrainer(Trainer):
     def _self_training(self) -> List[LabelPhotos]:
         """The hook; none where each photo has labels."""
         cfg, options = self.cfg, self.cfg.SSL.SELF_TRAINING
-        stream, mapper = self.loader.stream, test_mapper(self.cfg)
+        stream, mapper = self.loader.stream, mapper_at_test_size(self.cfg)
         labeled, order = stream.dicts, stream.order
 
         def label(photos):
@@ -415,12 +427,13 @@ class FinetuneTrainer(Trainer):
                 both = interleaved(order, others, len(labeled), options.LABELED)
                 self.loader.switch_to([*labeled, *found], both)
 
-        iterations = {round(share * self.max_iter) for share in options.AT}
+        iterations = {min(round(share * self.max_iter), self.max_iter - 1) for share in options.AT}
         photos = unlabeled_photos(cfg)
         if not photos:
             logger.info("SSL.SELF_TRAINING: each photo of SSL.DATASETS has labels, none is left")
             return []
-        return [LabelPhotos(iterations, label, photos, use, cfg.OUTPUT_DIR, self.classes())]
+        side = training_side(cfg)
+        return [LabelPhotos(iterations, label, photos, use, cfg.OUTPUT_DIR, self.classes(), side)]
 
     @contextlib.contextmanager
     def _reported_weights(self):

@@ -156,10 +156,11 @@ def _difference(
         arm, against, budget; ``segm``, ``bbox``: mean, interval, run_sd, photo_sd, photo_se, units;
         ``failed``: how many of the arm's repeats did; and, where the other is the same without
         unlabelled photos, else None: ``control``: segm as above against the arm that spent the same
-        time on fine-tuning, and its name (no mean while it is not finished); ``verdict``; ``more``:
-        repeats that it would take on top of these to see ``study.effect``, None where that is not
-        known or no number would do; ``worth``, see :func:`_worth`; ``blank``: neither has found
-        anything, so there is nothing to compare.
+        time on fine-tuning, its name (no mean while it is not finished) and what ``labelling``
+        added to the arm's own time, a share; ``verdict``; ``more``: repeats that it would take on
+        top of these to see ``study.effect``, None where that is not known or no number would do;
+        ``worth``, see :func:`_worth`; ``blank``: neither has found anything, so there is nothing to
+        compare.
     """
     both = {what: results.difference(arm, other, budget, what) for what in TASKS}
     if not both["segm"]:
@@ -178,11 +179,23 @@ def _difference(
     needed = seeds_needed(both["segm"], study.effect)
     return {
         **found,
-        "control": name and {"arm": name, **(_plain(control) if control else {})},
+        "control": name
+        and {
+            "arm": name,
+            "labelling": _labelling(results, arm, budget),
+            **(_plain(control) if control else {}),
+        },
         "verdict": verdict(both["segm"], control, study.least),
         "more": None if needed is None else max(0, needed - both["segm"].units),
         "worth": _worth(study, results, arm, other, budget),
     }
+
+
+def _labelling(results: Results, arm: str, budget: int) -> float:
+    """Time of labelling photos as a share of that of all else, mean over the runs."""
+    runs = results.runs(arm, budget).values()
+    spent = [(r.get("labelling", 0.0), r["seconds"]) for r in runs]
+    return float(np.mean([labels / max(whole - labels, 1e-9) for labels, whole in spent]))
 
 
 def _worth(study: Study, results: Results, arm: str, other: str, budget: int) -> Optional[dict]:
@@ -313,7 +326,9 @@ def _describe_control(difference: dict) -> str:
     if "mean" not in control:
         return f"but {control['arm']}, its control, is not finished"
     if control["arm"] == difference["against"]:
-        return "which took the same time but for the labelling"
+        return (
+            f"which has as many iterations; labelling added {control['labelling']:.0%} of its time"
+        )
     return f"{gain(control)} over {control['arm']}"
 
 

@@ -50,7 +50,8 @@ def execute(task: Task, threads: int = 0) -> dict:
         else; ``final``, whether there is no use in trying again; and
 
         - of pretraining: arm, seed; ``iterations``, ``seconds``;
-        - of a run: arm, budget, subset, seed; ``iterations``, ``seconds``; ``ap`` {segm, bbox} in
+        - of a run: arm, budget, subset, seed; ``iterations``; ``seconds``, and how many of them
+          were ``labelling`` (of self-training); ``ap`` {segm, bbox} in
           percent; ``matches`` {segm, bbox}, see :meth:`~d2ssl.evaluation.matches.Matches.to_json`;
           ``curve``: [iteration, segm AP, bbox AP] on the dev photos.
     """
@@ -116,7 +117,8 @@ def _finetune(task: Run, cfg) -> dict:
     _remove_weights(stage.OUTPUT_DIR)  # hundreds of MB, in every run
     return {
         "iterations": stage.SOLVER.MAX_ITER,
-        "seconds": _seconds(stage),
+        "seconds": _seconds(stage) + _labelling_seconds(stage),
+        "labelling": _labelling_seconds(stage),
         "ap": {what: float(found.ap(everything)[0]) for what, found in matches.items()},
         "curve": _curve(stage),
         "matches": {what: found.to_json() for what, found in matches.items()},
@@ -134,10 +136,14 @@ def _goes_on(task: Task) -> bool:
 
 def _seconds(stage) -> float:
     """Of all iterations, from their typical time: whatever else the machine does, and whether the
-    training was interrupted; and of labelling photos."""
+    training was interrupted."""
+    _, times = series(read_metrics(os.path.join(stage.OUTPUT_DIR, "metrics.json")), "time")
+    return statistics.median(times) * stage.SOLVER.MAX_ITER if times else 0.0
+
+
+def _labelling_seconds(stage) -> float:
     metrics = read_metrics(os.path.join(stage.OUTPUT_DIR, "metrics.json"))
-    (_, times), (_, labelling) = (series(metrics, name) for name in ("time", "labelling_seconds"))
-    return (statistics.median(times) * stage.SOLVER.MAX_ITER if times else 0.0) + sum(labelling)
+    return sum(series(metrics, "labelling_seconds")[1])
 
 
 def _curve(stage) -> List[List[float]]:

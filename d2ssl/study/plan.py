@@ -29,7 +29,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from d2ssl.config import changed, get_cfg, leaves, load_cfg, pretrained_path
-from d2ssl.data.build import check_classes, count_photos, register_datasets
+from d2ssl.data.build import check_classes, count_photos, register_datasets, unlabeled_photos
 from d2ssl.data.datasets import ensure_registered
 from d2ssl.engine.auto import resolve_auto
 from d2ssl.errors import D2SSLError
@@ -96,7 +96,9 @@ class Arm:
         skip += FINETUNE_ONLY if pretraining else ()
         values = changed(self.cfg)
         if not pretraining:
-            values = _of_finetuning(values)
+            values = _recipe(
+                values
+            )  # self-training changes what is read, and labels apart from that
         return _key({k: v for k, v in values.items() if not k.startswith(skip)})
 
 
@@ -124,21 +126,25 @@ class Study:
     def test(self) -> str:
         return self.arms[self.baseline].cfg.DATASETS.TEST[0]
 
-    def without(self, arm: Arm) -> str:
-        """The arm that differs from one with unlabelled photos by these alone, or the baseline."""
+    def twin(self, arm: Arm) -> str:
+        """The arm that differs from one with unlabelled photos by these alone; "" without one."""
         recipe = _recipe(changed(arm.cfg))
         twins = [
             other.name
             for other in self.arms.values()
             if not (other.uses_unlabeled or other.matched) and _recipe(changed(other.cfg)) == recipe
         ]
-        return self.baseline if self.baseline in twins or not twins else twins[0]
+        return self.baseline if self.baseline in twins else twins[0] if twins else ""
+
+    def without(self, arm: Arm) -> str:
+        """Its twin; where it has none, the baseline."""
+        return self.twin(arm) or self.baseline
 
     def control(self, arm: Arm) -> str:
         """The arm that fine-tunes as long as this one takes in all; "" where there is none. Without
-        pretraining that is the same arm without unlabelled photos: labelling takes seconds."""
+        pretraining that is its twin, but for the time of labelling."""
         matched = [a.name for a in self.arms.values() if a.matched == arm.name]
-        return matched[0] if matched else "" if arm.pretrains else self.without(arm)
+        return matched[0] if matched else "" if arm.pretrains else self.twin(arm)
 
     def labels(self, budget: int, subset: Union[int, str]) -> str:
         """The data set of a budget; the same for all subsets where the budget is everything."""
@@ -490,7 +496,8 @@ def plan(study: Study, matched_iterations: Mapping[str, int]) -> List[Task]:
                         needs = tasks.setdefault(made.key, made)
                     iterations = matched_iterations.get(arm.name, arm.cfg.SOLVER.MAX_ITER)
                     run = _run(study, arm, budget, subset, seed, iterations, needs)
-                    tasks[run.folder] = run
+                    if arm.pretrains or not arm.uses_unlabeled or unlabeled_photos(run.cfg):
+                        tasks[run.folder] = run  # else it would be its twin once more
     return list(tasks.values())
 
 

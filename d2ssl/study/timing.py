@@ -126,7 +126,7 @@ def matched_iterations(study: Study, seconds: Mapping[str, Mapping[str, float]])
 
 
 def labelled_photos(cfg) -> int:
-    """How many photos self-training labels at most, each time that it does."""
+    """How many photos self-training labels, at most, in all the times that it does."""
     options = cfg.SSL.SELF_TRAINING
     return len(options.AT) * count_photos(cfg.SSL.DATASETS) if options.ENABLED else 0
 

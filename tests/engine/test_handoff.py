@@ -110,7 +110,7 @@ def test_norms_hold_the_photos_statistics(handed_off):
     [
         ("INPUT.FORMAT", "RGB"),
         ("MODEL.PIXEL_STD", [58.395, 57.12, 57.375]),
-        ("MODEL.RESNETS.STRIDE_IN_1X1", False),
+        ("MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53]),
     ],
 )
 def test_training_refuses_what_no_tensor_shows(handed_off, tmp_path, key, value):

@@ -55,6 +55,14 @@ def test_the_second_half_of_an_object_is_no_object():
     assert hidden.sum() == 4 * 2
 
 
+def test_an_object_in_one_of_another_class_and_a_box_in_a_box():
+    boxes = [[0.0, 0, 10, 10], [2.0, 2, 6, 6]]
+    found = predicted([0.9, 0.8], boxes)
+    found.pred_classes[1] = 1
+    assert [a["iscrowd"] for a in annotations(found, 0.6)] == [0, 0]
+    assert [a["iscrowd"] for a in annotations(predicted([0.9, 0.8], boxes, False), 0.6)] == [0, 0]
+
+
 def test_what_has_just_the_score_is_an_object():
     (found,) = annotations(predicted([0.5], [[0.0, 0, 4, 4]]), score=0.5)
     assert found["iscrowd"] == 0
@@ -84,7 +92,7 @@ def labels_file(photos, tmp_path):
 
 def test_labels_there_and_back(labels_file):
     file, photos = labels_file
-    (found,) = read_labels(file)
+    (found,) = read_labels(file, photos, side=1000)
     assert found["file_name"] == photos[0]["file_name"]
     assert (found["height"], found["width"]) == (photos[0]["height"], photos[0]["width"])
     (object_,) = found["annotations"]
@@ -92,6 +100,17 @@ def test_labels_there_and_back(labels_file):
     assert coco_mask.decode(object_["segmentation"])[:20, :30].all()
     (hidden,) = found["hidden"]
     assert coco_mask.area(hidden) == 20 * 20
+
+
+def test_labels_are_scaled_with_the_photo(labels_file):
+    file, photos = labels_file
+    short = min(photos[0]["height"], photos[0]["width"])
+    (found,) = read_labels(file, photos, side=short // 2)
+    assert (found["height"], found["width"]) == (photos[0]["height"] // 2, photos[0]["width"] // 2)
+    (object_,) = found["annotations"]
+    mask = coco_mask.decode(object_["segmentation"])
+    assert object_["bbox"] == [0, 0, 15, 10] and mask[:10, :15].all() and mask.sum() == 150
+    assert coco_mask.area(found["hidden"][0]) == 10 * 10
 
 
 def test_others_read_the_file(labels_file, tmp_path):
@@ -116,12 +135,17 @@ def self_cfg(tiny_cfg, *opts, **kwargs):
     return cfg
 
 
-@pytest.mark.parametrize("at", [0.25, 0.5])  # before the checkpoint, and at the resumed iteration
-def test_resume_is_exact(tiny_cfg, tmp_path, at):
-    whole, parts = (
-        self_cfg(tiny_cfg, "SSL.SELF_TRAINING.AT", f"({at},)", output_dir=tmp_path / d)
-        for d in ("whole", "parts")
-    )
+# Before the checkpoint, at the resumed iteration, and at both; without masks, and by workers.
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ["SSL.SELF_TRAINING.AT", "(0.25,)", "DATALOADER.NUM_WORKERS", "1"],
+        ["SSL.SELF_TRAINING.AT", "(0.5,)", "MODEL.MASK_ON", "False"],
+        ["SSL.SELF_TRAINING.AT", "(0.25, 0.5)"],
+    ],
+)
+def test_resume_is_exact(tiny_cfg, tmp_path, opts):
+    whole, parts = (self_cfg(tiny_cfg, *opts, output_dir=tmp_path / d) for d in ("whole", "parts"))
     trainer = FinetuneTrainer(whole)
     assert len(trainer.loader.stream.dicts) == 4
     trainer.train()
@@ -201,6 +225,7 @@ def file_names(name):
         (["SSL.SELF_TRAINING.SCORE", "0.01"], "UNSURE 0.05 and SCORE 0.01"),
         (["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.3"], "nothing below .*SCORE_THRESH_TEST 0.3"),
         (["SSL.DATASETS", "()"], "SSL.DATASETS is empty.*SELF_TRAINING"),
+        (["MODEL.KEYPOINT_ON", "True"], "KEYPOINT_ON False"),
     ],
 )
 def test_options_that_cannot_be(tiny_cfg, opts, message):

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -6,7 +7,13 @@ from detectron2.config import get_cfg
 from detectron2.solver import build_lr_scheduler
 from torch import nn
 
-from d2ssl.engine.solver import build_optimizer, loaded_rise, main_schedule, named_leaves
+from d2ssl.engine.solver import (
+    build_optimizer,
+    load_optimizer,
+    loaded_rise,
+    main_schedule,
+    named_leaves,
+)
 from d2ssl.errors import D2SSLError
 
 
@@ -78,3 +85,27 @@ def test_bad_schedule_and_nothing_to_train():
     layer = nn.Linear(1, 1).requires_grad_(False)
     with pytest.raises(D2SSLError, match="no parameter"):
         build_optimizer(solver().SOLVER, "SGD", {"a": [(layer, "weight")]})
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_state_of_another_memory_format(name):
+    """A run in bf16 (channels_last) that goes on in fp32 takes the step that any layout takes."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(4, 8, 3, 3), torch.randn(2, 4, 8, 3, 3)
+
+    def step(weight, gradient, layout, state=None):
+        module = nn.Conv2d(8, 4, 3, bias=False)
+        module.weight.data = weight.clone(memory_format=layout)
+        node = solver(BASE_LR=0.1).SOLVER
+        optimizer = build_optimizer(node, name, {"P": [(module, "weight")]})
+        if state:
+            load_optimizer(optimizer, state)
+        module.weight.grad = gradient.clone(memory_format=layout)
+        optimizer.step()
+        return module.weight.detach(), copy.deepcopy(optimizer.state_dict())
+
+    results = []
+    for first in (torch.channels_last, torch.contiguous_format):
+        weight, state = step(start, gradients[0], first)
+        results.append(step(weight, gradients[1], torch.contiguous_format, state)[0])
+    assert torch.allclose(*results, atol=1e-6)

@@ -119,6 +119,27 @@ def test_self_training_is_judged_against_the_same_without(write_study, tmp_path)
     assert run.cfg.SSL.SELF_TRAINING.ENABLED and not run.needs
 
 
+def test_a_longer_arm_is_no_control(write_study, tmp_path):
+    """What it gains may be that of its length: without its twin there is none."""
+    arms = {
+        "scratch": {"SSL.ENABLED": False},
+        "self": {"FROM": "scratch", "SSL.SELF_TRAINING.ENABLED": True, "SOLVER.MAX_ITER": 9},
+    }
+    study = read_study(write_study(ARMS=arms), output=str(tmp_path / "out"))
+    assert study.without(study.arms["self"]) == "scratch"
+    assert study.control(study.arms["self"]) == ""
+
+
+def test_where_all_photos_are_labelled_self_training_has_no_run(write_study, tmp_path):
+    arms = {
+        "scratch": {"SSL.ENABLED": False},
+        "self": {"SSL.ENABLED": False, "SSL.SELF_TRAINING.ENABLED": True},
+    }
+    study = read_study(write_study(ARMS=arms, SUBSETS=1), output=str(tmp_path / "out"))
+    runs = [(run.arm, run.budget) for run in plan(study, {})]
+    assert runs == [("scratch", 3), ("self", 3), ("scratch", 6), ("scratch", 8)]  # of 8, 2 are dev
+
+
 def test_keys_of_self_training(write_study, tmp_path):
     def keys(**self_training):
         arms = {"scratch": {"SSL.ENABLED": False}}
