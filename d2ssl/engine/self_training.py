@@ -95,7 +95,7 @@ class LabelPhotos(HookBase):
 def detect(
     model: nn.Module, photos: Sequence[dict], mapper: Callable, score: float, unsure: float
 ) -> List[List[dict]]:
-    """What a detector finds on photos, as annotations of Detectron2's dicts with ``score``.
+    """What a detector finds on photos, as COCO's annotations with ``score``: the photos' lists.
 
     Args:
         model: Detectron2's; it is in eval mode inside.
@@ -126,24 +126,19 @@ def annotations(instances, score: float) -> List[dict]:
     if instances.has("pred_masks"):
         sure &= ~_covered(masks, instances.scores.numpy(), instances.pred_classes.numpy(), sure)
     masks[~sure] &= ~masks[sure].any(0)
-    rows = zip(
-        instances.pred_boxes.tensor.tolist(),
-        instances.scores.tolist(),
-        instances.pred_classes.tolist(),
-        masks,
-        sure,
-    )
+    encoded = [_encode(mask) for mask in masks]
+    rows = zip(instances.scores.tolist(), instances.pred_classes.tolist(), encoded, sure)
     return [
         {
-            "bbox": box,
-            "bbox_mode": BoxMode.XYXY_ABS,
-            "segmentation": _encode(mask),
+            # As in people's labels the box of the mask; what is predicted need not agree so.
+            "bbox": coco_mask.toBbox(mask).tolist(),
+            "segmentation": mask,
             "category_id": category,
             "iscrowd": int(not is_sure),
             "score": value,
         }
-        for box, value, category, mask, is_sure in rows
-        if mask.any()
+        for value, category, mask, is_sure in rows
+        if coco_mask.area(mask)
     ]
 
 
@@ -188,13 +183,11 @@ def write_labels(
         size = {"height": photo["height"], "width": photo["width"]}
         content["images"].append({"id": number, "file_name": name, **size})
         for row in found:
-            box = BoxMode.convert(row["bbox"], row["bbox_mode"], BoxMode.XYWH_ABS)
             content["annotations"].append(
                 {
-                    **{k: v for k, v in row.items() if k != "bbox_mode"},
+                    **row,
                     "id": len(content["annotations"]) + 1,
                     "image_id": number,
-                    "bbox": box,
                     "area": float(coco_mask.area(row["segmentation"])),
                 }
             )

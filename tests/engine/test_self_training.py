@@ -45,6 +45,7 @@ def test_the_unsure_is_marked_without_what_objects_cover(masks):
     assert object_.sum() == 16 and unsure.sum() == 6 * 4 - 2 * 4
     assert not (object_ & unsure).any()
     assert [round(a["score"], 5) for a in found] == [0.9, 0.3]
+    assert [a["bbox"] for a in found] == [[0, 0, 4, 4], [4, 0, 4, 4]]  # of the masks, XYWH
 
 
 def test_the_second_half_of_an_object_is_no_object():
