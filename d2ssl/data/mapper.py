@@ -191,7 +191,7 @@ class _Fill(T.PadTransform):
 
 
 def paint_over(photo: np.ndarray, masks: Sequence[dict], fill: Sequence[float]) -> np.ndarray:
-    """A copy of a photo, H x W x 3 uint8, with some RLE masks, of whatever size, in one colour."""
+    """A copy of a photo, H x W x 3 uint8, with RLE masks, all of one size, in one colour."""
     hidden = coco_mask.decode(coco_mask.merge(masks))
     hidden = cv2.resize(hidden, photo.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     painted = photo.copy()

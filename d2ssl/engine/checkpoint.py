@@ -3,7 +3,7 @@
 import contextlib
 import os
 from dataclasses import dataclass, field
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -45,7 +45,7 @@ class MatchReport:
     mismatched: List[str] = field(default_factory=list)  # in both, shapes differ
     predictors: str = ""  # what was done to those for other classes
     classes: List[str] = field(default_factory=list)  # that they are for now, where it is known
-    conventions: Dict[str, object] = field(default_factory=dict)  # config keys, in a hand-off
+    conventions: Dict[str, object] = field(default_factory=dict)  # config keys, in files of d2ssl
 
     def by_part(self) -> Dict[str, Dict[str, int]]:
         """part -> counts of loaded, missing and mismatched tensors."""
@@ -113,7 +113,9 @@ class Checkpointer(DetectionCheckpointer):
             :func:`refuse_other_conventions`.
     """
 
-    def __init__(self, *args, classes: Sequence[str] = (), conventions: Dict = {}, **kwargs):
+    def __init__(
+        self, *args, classes: Sequence[str] = (), conventions: Optional[Dict] = None, **kwargs
+    ):
         super().__init__(*args, **kwargs)
         self.path_manager = _AtomicPaths(self.path_manager)
         self._extra = {"thing_classes": [*classes]} if classes else {}
