@@ -414,10 +414,11 @@ def show_own_labels(path: str, name: str, num_photos: int = 8, side: int = 480) 
         rows = [a for a in content["annotations"] if a["image_id"] == image["id"]]
         rows = [{**row, "bbox_mode": BoxMode.XYWH_ABS} for row in rows]
         sure, unsure = ([r for r in rows if r["iscrowd"] == crowd] for crowd in (0, 1))
-        photo = read_photo(os.path.join(root, image["file_name"]))
+        photo = shrink(read_photo(os.path.join(root, image["file_name"])), side)
         if unsure:
             photo = paint_over(photo, [r["segmentation"] for r in unsure], HIDDEN)
-        picture = draw_objects(photo, sure, metadata, side)
+        size = image["height"], image["width"]
+        picture = draw_objects(photo, sure, metadata, side, size)
         found.append(OwnLabels(image["file_name"], len(sure), len(unsure), picture))
     return found
 
