@@ -204,8 +204,16 @@ def build_finetune_loader(cfg) -> StreamLoader:
     # What is left of a covered object is pixels.
     masks = "bitmask" if cfg.SSL.FINETUNE.COPY_PASTE > 0 else mask_format(cfg, dicts)
     mapper = DetectionMapper(cfg, store.get, mask_format=masks, others=dicts)
-    solver, workers, order = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, build_order(cfg, dicts)
-    return StreamLoader(dicts, mapper, solver.IMS_PER_BATCH, cfg.SEED, workers, order)
+    loading, batch_size = cfg.DATALOADER, cfg.SOLVER.IMS_PER_BATCH
+    return StreamLoader(
+        dicts,
+        mapper,
+        batch_size,
+        cfg.SEED,
+        loading.NUM_WORKERS,
+        build_order(cfg, dicts),
+        one_shape=loading.ASPECT_RATIO_GROUPING,
+    )
 
 
 def training_side(cfg) -> int:

@@ -17,7 +17,7 @@ import torch
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from d2ssl.data.sampling import Order, photo_at
+from d2ssl.data.sampling import Order, batches_of_one_shape, photo_at
 from d2ssl.errors import D2SSLError
 
 
@@ -82,6 +82,7 @@ class StreamLoader:
     Args:
         batch_size: photos a step, over all processes.
         order: which photo stands where; default: one permutation after another.
+        one_shape: no batch has both landscape and portrait photos.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class StreamLoader:
         seed: int,
         num_workers: int = 0,
         order: Optional[Order] = None,
+        one_shape: bool = False,
     ):
         world = comm.get_world_size()
         if batch_size < world or batch_size % world:
@@ -99,14 +101,17 @@ class StreamLoader:
                 f"IMS_PER_BATCH {batch_size} cannot be shared by {world} processes; "
                 f"use a multiple of {world}"
             )
-        self.stream = PhotoStream(dataset_dicts, mapper, seed, order)
+        self.mapper, self.seed, self.one_shape = mapper, seed, one_shape
         self.batch_size, self.num_workers = batch_size, num_workers
         self.start_iter = 0
+        self.switch_to(dataset_dicts, order)
 
-    def switch_to(self, dataset_dicts: Sequence[dict], order: Order) -> None:
+    def switch_to(self, dataset_dicts: Sequence[dict], order: Optional[Order] = None) -> None:
         """Read these photos in this order, from the next batch on."""
-        before = self.stream
-        self.stream = PhotoStream(dataset_dicts, before.mapper, before.seed, order)
+        self.stream = PhotoStream(dataset_dicts, self.mapper, self.seed, order)
+        if self.one_shape:
+            grouped = batches_of_one_shape(self.stream.order, dataset_dicts, self.batch_size)
+            self.stream.order = grouped
 
     def __iter__(self):
         # A generator: nothing is read, and no worker forked, before the first batch is asked for.

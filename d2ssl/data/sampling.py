@@ -3,6 +3,7 @@
 Each order is a function of the position and the seed alone, so that a run can be resumed anywhere.
 """
 
+import array
 import bisect
 import functools
 import logging
@@ -157,3 +158,44 @@ class ClassBalancedOrder:
             rng = np.random.default_rng((self.seed, epoch, _CLASSES + c))
             self._shuffled[c] = epoch, rng.permutation(self.photos[c])
         return int(self._shuffled[c][1][place])
+
+
+def batches_of_one_shape(order: Order, dataset_dicts: Sequence[dict], batch_size: int) -> Order:
+    """
+    The order in which no batch has both landscape and portrait photos, as Detectron2's
+    ``AspectRatioGroupedDataset``: all of a batch are padded to its greatest height and width.
+
+    Where there are fewer photos of one shape than a batch holds it stays as it was, as a batch
+    would be the same photo again and again.
+    """
+    landscape = [d["width"] > d["height"] for d in dataset_dicts]
+    if min(sum(landscape), len(landscape) - sum(landscape)) < batch_size:
+        return order
+    return GroupedOrder(order, landscape, batch_size)
+
+
+class GroupedOrder:
+    """
+    Batches of one group: photos wait until there are enough of theirs.
+
+    Args:
+        groups: the group of each photo.
+        batch_size: positions that start at a multiple of it are of one group.
+    """
+
+    def __init__(self, order: Order, groups: Sequence[int], batch_size: int):
+        self.order, self.groups, self.batch_size = order, groups, batch_size
+        self._read = 0  # of the order
+        self._waiting = {group: [] for group in set(groups)}
+        self._grouped = array.array("q")  # from position 0 on: what waits depends on all before
+
+    def __call__(self, position: int) -> int:
+        while len(self._grouped) <= position:
+            index = self.order(self._read)
+            self._read += 1
+            waiting = self._waiting[self.groups[index]]
+            waiting.append(index)
+            if len(waiting) == self.batch_size:
+                self._grouped.extend(waiting)
+                waiting.clear()
+        return self._grouped[position]

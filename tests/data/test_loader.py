@@ -1,4 +1,5 @@
 import copy
+import functools
 import itertools
 import random
 
@@ -7,7 +8,13 @@ import pytest
 import torch
 
 from d2ssl.data.loader import StreamLoader, random_state
-from d2ssl.data.sampling import ClassBalancedOrder, RepeatFactorOrder, repeat_factors
+from d2ssl.data.sampling import (
+    ClassBalancedOrder,
+    GroupedOrder,
+    RepeatFactorOrder,
+    photo_at,
+    repeat_factors,
+)
 from d2ssl.errors import D2SSLError
 
 
@@ -30,8 +37,14 @@ def batches(count, start=0, **kwargs):
 
 # Photo 0 alone has the class 1, and photo 6 none.
 CLASSES = [{1}, {0}, {0}, {0}, {0}, {0}, set()]
-ORDERS = [None, RepeatFactorOrder(repeat_factors(CLASSES, 0.5), 5), ClassBalancedOrder(CLASSES, 5)]
-each_order = pytest.mark.parametrize("order", ORDERS, ids=["plain", "repeated", "balanced"])
+ORDERS = [
+    None,
+    RepeatFactorOrder(repeat_factors(CLASSES, 0.5), 5),
+    ClassBalancedOrder(CLASSES, 5),
+    GroupedOrder(functools.partial(photo_at, num_photos=7, seed=5), [0, 0, 0, 0, 1, 1, 1], 3),
+]
+names = ["plain", "repeated", "balanced", "grouped"]
+each_order = pytest.mark.parametrize("order", ORDERS, ids=names)
 
 
 @each_order
@@ -57,7 +70,7 @@ def test_processes_share_a_batch(monkeypatch, order):
 
 
 def test_an_order_decides_the_photos():
-    plain, repeated, balanced = (
+    plain, repeated, balanced, _ = (
         np.bincount([x["photo"] for batch in batches(14, order=o) for x in batch]) for o in ORDERS
     )
     assert plain.tolist() == [6] * 7

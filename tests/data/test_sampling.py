@@ -8,6 +8,7 @@ from d2ssl.config import load_cfg
 from d2ssl.data.sampling import (
     ClassBalancedOrder,
     RepeatFactorOrder,
+    batches_of_one_shape,
     build_order,
     classes_of,
     interleaved,
@@ -131,3 +132,34 @@ def test_the_config_chooses(sampler, kind):
     order = build_order(cfg, [as_dict(c) for c in CLASSES])
     (same,) = [o for o in ORDERS if isinstance(o, kind)]
     assert [order(p) for p in range(60)] == [same(p) for p in range(60)]
+
+
+def shapes(*landscape):
+    return [{"width": 3 if wide else 2, "height": 2 if wide else 3} for wide in landscape]
+
+
+def is_wide(photo):
+    return photo["width"] > photo["height"]
+
+
+def test_a_batch_has_one_shape_and_no_photo_is_shown_less():
+    dicts = shapes(1, 0, 1, 1, 0, 1, 0, 1, 1)
+    plain = functools.partial(photo_at, num_photos=9, seed=3)
+    order = batches_of_one_shape(plain, dicts, 3)
+    shown = np.array([order(p) for p in range(9 * 40)]).reshape(-1, 3)
+    wide = np.array([is_wide(d) for d in dicts])[shown]
+    assert (wide.all(1) | ~wide.any(1)).all()
+    assert wide.any() and not wide.all()
+    # At most two of each shape wait at any time.
+    assert np.bincount(shown.ravel()).min() >= 40 - 1
+    assert np.bincount(shown.ravel()).max() <= 40 + 1
+    # Of each shape the photos come in the plain order.
+    before = [i for i in map(plain, range(9 * 40)) if is_wide(dicts[i])]
+    after = [i for i in shown.ravel() if is_wide(dicts[i])]
+    assert after == before[: len(after)]
+
+
+@pytest.mark.parametrize("landscape", [(1, 1, 1, 1), (0, 0, 0, 0), (1, 0, 1, 1), (1, 1, 0, 0, 0)])
+def test_a_shape_with_fewer_photos_than_a_batch_changes_nothing(landscape):
+    plain = functools.partial(photo_at, num_photos=len(landscape), seed=0)
+    assert batches_of_one_shape(plain, shapes(*landscape), 3) is plain
