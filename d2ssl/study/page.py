@@ -5,6 +5,7 @@ import html
 import io
 import json
 import os
+import shlex
 from typing import Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ from d2ssl.report import pieces
 from d2ssl.report.pictures import draw_objects, predictions_file, read_predictions
 from d2ssl.study import plots
 from d2ssl.study.findings import Results, describe_worth, gain, signed
-from d2ssl.study.plan import Run, Study, Task, recipe_differences
+from d2ssl.study.plan import Run, Study, Task, on_all_labels, recipe_differences
 
 SIDE = 300  # of a picture, the longer one, in pixels
 SURE = 0.5  # predictions below it are not drawn
@@ -37,7 +38,8 @@ def write_study(
     seconds: Mapping[str, Mapping[str, float]],
     command: str,
 ) -> str:
-    """Write ``study.html``, ``study.json``, ``runs.csv`` and ``curve.png``.
+    """Write ``study.html``, ``study.json``, ``runs.csv`` and ``curve.png``, and for each arm
+    ``final/<arm>.yaml``, which trains it on all labels.
 
     Args:
         found: see :func:`~d2ssl.study.findings.findings`.
@@ -47,7 +49,7 @@ def write_study(
     Returns:
         path of the page.
     """
-    make_folder(study.output)
+    make_folder(os.path.join(study.output, "final"))
     runs = [task for task in outcomes if isinstance(task, Run)]
     known = [outcomes[run] for run in runs if outcomes[run]]
     about = describe(study, outcomes, seconds, command)
@@ -58,6 +60,8 @@ def write_study(
         "study.json": json.dumps({**about, **found, "runs": kept}, allow_nan=False).encode(),
         "runs.csv": _csv(known).encode(),
     }
+    for run in {run.arm: run for run in runs}.values():
+        files[_final(run.arm)] = on_all_labels(study, run).dump().encode()
     if found["cells"]:
         files["curve.png"] = plots.plot_efficiency(found["cells"], list(study.arms), "png")
     for name, content in files.items():
@@ -66,6 +70,10 @@ def write_study(
     path = os.path.join(study.output, "study.html")
     pieces.write_page(path, "Does it pay?", _sections(study, results, found, about, runs))
     return path
+
+
+def _final(arm: str) -> str:
+    return os.path.join("final", f"{arm}.yaml")
 
 
 def describe(study: Study, outcomes, seconds, command: str) -> dict:
@@ -158,7 +166,7 @@ def _sections(study: Study, results: Results, found: dict, about: dict, runs) ->
         _convergence(found, arms),
         _sweep(found, arms),
         _photos(study, found, runs),
-        _arms(study, about),
+        _arms(study, about, runs),
         _failures(found),
         pieces.heading("Run it again", 2),
         pieces.folded("Command and versions", _again(about)),
@@ -368,7 +376,7 @@ def _photos(study: Study, found: dict, runs: Sequence[Run]) -> str:
     return out
 
 
-def _arms(study: Study, about: dict) -> str:
+def _arms(study: Study, about: dict, runs: Sequence[Run]) -> str:
     rows = []
     for name, arm in study.arms.items():
         start = os.path.basename(arm.cfg.MODEL.WEIGHTS) or "random weights"
@@ -383,7 +391,12 @@ def _arms(study: Study, about: dict) -> str:
                 f"{key} is {value} in {name} and {other} in the arm it is compared with: that is "
                 "compared, too."
             )
-    return out
+    names = {run.arm: None for run in runs}
+    files = (shlex.quote(os.path.join(study.output, _final(name))) for name in names)
+    return out + pieces.folded(
+        f"Train one on all {study.total} labels",
+        "\n".join(f"tools/train_net.py --config-file {file}" for file in files),
+    )
 
 
 def _failures(found: dict) -> str:

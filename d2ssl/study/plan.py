@@ -531,6 +531,17 @@ def _run(study, arm: Arm, budget, subset, seed, iterations, needs) -> Run:
     return Run(cfg, key, arm.name, budget, subset, needs)
 
 
+def on_all_labels(study: Study, run: Run) -> CfgNode:
+    """The main job's config for the arm of a run, with every label there is."""
+    cfg = with_length(study.arms[run.arm].cfg, run.cfg.SOLVER.MAX_ITER)
+    cfg.defrost()
+    cfg.DATASETS.TRAIN = (study.train,)
+    cfg.TEST.EVAL_PERIOD = 0
+    cfg.OUTPUT_DIR = os.path.join(study.output, "final", run.arm)
+    cfg.freeze()
+    return cfg
+
+
 def _of_finetuning(values: Mapping[str, object]) -> Dict[str, object]:
     """Those that fine-tuning depends on, besides what it starts from."""
     ssl = ("SSL.FINETUNE.",)

@@ -2,9 +2,17 @@
 
 import pytest
 
+from d2ssl.config import load_cfg
 from d2ssl.data.build import load_dicts
 from d2ssl.errors import D2SSLError
-from d2ssl.study.plan import Pretraining, Run, plan, read_study, recipe_differences
+from d2ssl.study.plan import (
+    Pretraining,
+    Run,
+    on_all_labels,
+    plan,
+    read_study,
+    recipe_differences,
+)
 from tests.conftest import CONFIGS
 
 MATCHED = {"longer": 9}
@@ -49,6 +57,16 @@ def test_the_test_set_is_evaluated_once_and_the_dev_set_at_each_point(study):
         else:
             assert run.cfg.SSL.FINETUNE.DEV_DATASET
             assert run.cfg.TEST.EVAL_PERIOD == (5 if run.arm == "longer" else 2)
+
+
+def test_an_arm_on_all_labels_is_a_config_of_the_main_job(study, tmp_path):
+    for run in runs_of(plan(study, MATCHED)):
+        file = tmp_path / "final.yaml"
+        file.write_text(on_all_labels(study, run).dump())
+        cfg = load_cfg(str(file))
+        assert cfg.DATASETS.TRAIN == (study.train,) and not cfg.SSL.FINETUNE.DEV_DATASET
+        assert cfg.SSL.ENABLED == (run.arm == "soco")
+        assert cfg.SOLVER.MAX_ITER == (9 if run.arm == "longer" else 4)
 
 
 def test_a_pretraining_is_shared_by_budgets_and_comes_before_them(study):

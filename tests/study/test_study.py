@@ -43,6 +43,9 @@ def test_from_the_dry_run_to_the_answer(study):
     page = (out / "study.html").read_text()
     assert "soco with 3 labels" in page and 'src="http' not in page
     assert (out / "curve.png").stat().st_size > 5000
+    for arm in ("scratch", "soco", "longer"):
+        assert f"tools/train_net.py --config-file out/final/{arm}.yaml" in page
+        assert (out / "final" / f"{arm}.yaml").is_file()
     assert not list(out.glob("runs/**/*.pth"))
     assert [p.name for p in out.glob("pretraining/**/*.pth")] == ["model_pretrained.pth"]
     # AP from the matches is that of Detectron2's evaluator on the test set.
