@@ -42,6 +42,13 @@ def require_detectron2() -> None:
         ) from error
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use: fewer than the machine has where a cluster gave few."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def has_compiled_ops() -> bool:
     """Whether Detectron2's own operators (deformable convolution, rotated boxes) are there.
 

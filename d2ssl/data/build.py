@@ -11,11 +11,12 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 
+from d2ssl.compat import available_cores
 from d2ssl.data.cache import default_cache_dir
 from d2ssl.data.datasets import ensure_registered
 from d2ssl.data.datasets.catalog import decoded, listed
 from d2ssl.data.loader import StreamLoader
-from d2ssl.data.mapper import DetectionMapper, PretextMapper, has_rle
+from d2ssl.data.mapper import DetectionMapper, PretextMapper, has_rle, shrunk
 from d2ssl.data.photos import PhotoStore, add_size, read_photo
 from d2ssl.data.proposals import attach_proposals
 from d2ssl.data.regions import attach_regions
@@ -75,7 +76,8 @@ def detection_sets(cfg) -> List[str]:
 
 def load_dicts(names: Sequence[str]) -> List[dict]:
     """The dataset dicts of several sets, one after another; an empty set is an error."""
-    return [row for name in _registered(names) for row in decoded(name, _rows(name))]
+    rows = [row for name in _registered(names) for row in decoded(name, _rows(name))]
+    return [_sized(row) for row in rows]
 
 
 def load_photos(names: Sequence[str]) -> List[dict]:
@@ -83,7 +85,11 @@ def load_photos(names: Sequence[str]) -> List[dict]:
     keys = ("file_name", "image_id", "height", "width")
     rows = [row for name in _registered(names) for row in _rows(name)]
     photos = [{key: row[key] for key in keys if key in row} for row in rows]
-    return [photo if "height" in photo else add_size(photo) for photo in photos]
+    return [_sized(photo) for photo in photos]
+
+
+def _sized(row: dict) -> dict:
+    return row if "height" in row and "width" in row else add_size(row)
 
 
 def count_photos(names: Sequence[str]) -> int:
@@ -140,9 +146,9 @@ def cache_dir(cfg) -> str:
     return os.path.expanduser(cfg.SSL.PROPOSALS.CACHE_DIR or default_cache_dir())
 
 
-def _store(cfg, dicts: List[dict], short_side: int) -> PhotoStore:
+def _store(cfg, dicts: List[dict], short_side: float) -> PhotoStore:
     store = PhotoStore(short_side, max_bytes=int(cfg.SSL.CACHE_GB * 2**30))
-    store.preload([d["file_name"] for d in dicts])
+    store.preload([d["file_name"] for d in dicts], available_cores())
     return store
 
 
@@ -161,7 +167,7 @@ def build_pretrain_loader(cfg, views, view_pairs, needs: FrozenSet[str]) -> Stre
     if "regions" in needs:
         regions = cfg.SSL.REGIONS
         # Cheap enough for every process to find them for itself, at the same time.
-        workers = max(1, _cores() // comm.get_world_size())
+        workers = max(1, available_cores() // comm.get_world_size())
         dicts = attach_regions(dicts, regions.SOURCE, regions.NUM, read_photo, workers)
     dicts = [{k: v for k, v in d.items() if k != "annotations"} for d in dicts]
     mapper = PretextMapper(cfg, store.get, views, view_pairs, needs)
@@ -177,15 +183,11 @@ def with_proposals(cfg, dicts: List[dict]) -> List[dict]:
         proposals.SOURCE,
         read_photo,
         cache_dir(cfg),
-        num_workers=_cores(),
+        num_workers=available_cores(),
         min_scale=proposals.MIN_SCALE,
         max_scale=proposals.MAX_SCALE,
         max_aspect=proposals.MAX_ASPECT,
     )
-
-
-def _cores() -> int:
-    return max(1, os.cpu_count() or 1)
 
 
 def build_finetune_loader(cfg) -> StreamLoader:
@@ -199,8 +201,11 @@ def build_finetune_loader(cfg) -> StreamLoader:
         if len(labelled) < len(dicts):
             logger.info("%d photos without annotation left out", len(dicts) - len(labelled))
         dicts = labelled
+    side = training_side(cfg)
+    # Run-length codes are decoded at each step, which takes long at the size of the photo.
+    dicts = [shrunk(d, side) if has_rle([d]) else d for d in dicts]
     later = unlabeled_photos(cfg) if cfg.SSL.SELF_TRAINING.ENABLED else []
-    store = _store(cfg, dicts + later, training_side(cfg))
+    store = _store(cfg, dicts + later, side)
     # What is left of a covered object is pixels.
     masks = "bitmask" if cfg.SSL.FINETUNE.COPY_PASTE > 0 else mask_format(cfg, dicts)
     mapper = DetectionMapper(cfg, store.get, mask_format=masks, others=dicts)
@@ -216,8 +221,11 @@ def build_finetune_loader(cfg) -> StreamLoader:
     )
 
 
-def training_side(cfg) -> int:
-    """The short side of a photo that fine-tuning needs at most, in pixels."""
+def training_side(cfg) -> float:
+    """The short side of a photo that fine-tuning needs at most, in pixels; infinite where it cuts
+    crops out of the photo before it scales them, or does not scale it."""
+    if cfg.INPUT.CROP.ENABLED or 0 in cfg.INPUT.MIN_SIZE_TRAIN:
+        return math.inf
     return math.ceil(max(cfg.INPUT.MIN_SIZE_TRAIN) * max([1.0, *cfg.SSL.FINETUNE.SCALE_JITTER]))
 
 
@@ -264,16 +272,14 @@ def calibration_batches(cfg, names: Sequence[str], limit: int, size: int = 16) -
 
 def _equal_crops(images: List[torch.Tensor]) -> List[torch.Tensor]:
     height, width = (max(32, min(i.shape[a] for i in images) // 32 * 32) for a in (1, 2))
-    tops = [(i.shape[1] - height) // 2 for i in images]
-    lefts = [(i.shape[2] - width) // 2 for i in images]
+    tops = [max(0, i.shape[1] - height) // 2 for i in images]
+    lefts = [max(0, i.shape[2] - width) // 2 for i in images]
     return [i[:, t : t + height, x : x + width] for i, t, x in zip(images, tops, lefts)]
 
 
 def mapper_at_test_size(cfg, mask_format: str = "") -> DetectionMapper:
-    """A photo at test size, its annotations with it."""
-    size = cfg.INPUT.MIN_SIZE_TEST  # 0: Detectron2 does not resize
-    read = PhotoStore(size).get if size else read_photo
-    return DetectionMapper(cfg, read, is_train=False, mask_format=mask_format)
+    """A photo at test size as the detector is given it then, its annotations with it."""
+    return DetectionMapper(cfg, read_photo, is_train=False, mask_format=mask_format)
 
 
 def spread(dicts: List[dict], limit: int) -> List[dict]:

@@ -12,7 +12,9 @@ from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Instances
 
+from d2ssl.data.masks import encode
 from d2ssl.data.pasting import paste
+from d2ssl.data.photos import scaled_size
 from d2ssl.data.regions import regions_in_view
 from d2ssl.data.views import View, cut_out, draw_holes, draw_views, paired_boxes, window_of
 from d2ssl.errors import D2SSLError
@@ -197,6 +199,25 @@ def paint_over(photo: np.ndarray, masks: Sequence[dict], fill: Sequence[float]) 
     painted = photo.copy()
     painted[hidden > 0] = np.rint(fill)
     return painted
+
+
+def shrunk(dataset_dict: dict, short_side: float) -> dict:
+    """The dict of an annotated photo with a short side of at most ``short_side`` px: boxes, masks
+    and keypoints as the mapper would scale them, once instead of at each step."""
+    size = dataset_dict["height"], dataset_dict["width"]
+    height, width = scaled_size(*size, short_side)
+    if (height, width) == size:
+        return dataset_dict
+    resize = T.TransformList([T.ResizeTransform(*size, height, width)])
+    annotations = []
+    for annotation in dataset_dict["annotations"]:
+        row = detection_utils.transform_instance_annotations(
+            copy.deepcopy(annotation), resize, (height, width)
+        )
+        if isinstance(row.get("segmentation"), np.ndarray):
+            row["segmentation"] = encode(row["segmentation"])
+        annotations.append({**row, "bbox": row["bbox"].tolist()})
+    return {**dataset_dict, "height": height, "width": width, "annotations": annotations}
 
 
 class DetectionMapper(DatasetMapper):

@@ -1,7 +1,6 @@
 """Reading photos as stock Detectron2 reads them, and keeping them decoded in memory."""
 
 import logging
-import os
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -13,6 +12,7 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image
 from tqdm import tqdm
 
+from d2ssl.compat import available_cores
 from d2ssl.errors import D2SSLError
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def map_photos(
     """
     bar = partial(tqdm, total=len(photos), desc=title, unit="photo", disable=None)
     if num_workers is None:
-        num_workers = (os.cpu_count() or 1) if len(photos) > _FEW else 0
+        num_workers = available_cores() if len(photos) > _FEW else 0
     if num_workers == 0 or len(photos) < 2:
         yield from bar(map(function, photos))
         return
@@ -149,6 +149,12 @@ def _each(function: Callable, chunk: Sequence) -> list:
     return [function(one) for one in chunk]
 
 
+def scaled_size(height: int, width: int, short_side: float) -> tuple[int, int]:
+    """(height, width) with a short side of at most ``short_side`` px; never enlarged."""
+    scale = min(1.0, short_side / min(height, width))
+    return round(height * scale), round(width * scale)
+
+
 class PhotoStore:
     """
     Photos decoded and scaled down once, kept in memory as plain uint8 arrays.
@@ -159,10 +165,10 @@ class PhotoStore:
     in the budget, is decoded and scaled at each :meth:`get`, with the same result.
     """
 
-    def __init__(self, short_side: int, max_bytes: int = 4 * 2**30):
+    def __init__(self, short_side: float, max_bytes: int = 4 * 2**30):
         """
         Args:
-            short_side: largest length of a stored photo's shorter side, in pixels.
+            short_side: largest length of a stored photo's shorter side, in pixels; may be infinite.
             max_bytes: memory that the stored photos may take together.
         """
         if short_side < 1:
@@ -182,13 +188,15 @@ class PhotoStore:
         free = self.max_bytes - self.num_bytes
         kept = []
         for file in new:
-            height, width = self._scaled_size(*photo_size(file))
+            height, width = scaled_size(*photo_size(file), self.short_side)
             if height * width * 3 <= free:
                 free -= height * width * 3
                 kept.append(file)
         with ThreadPoolExecutor(num_threads) as pool:
             photos = pool.map(self._load, kept)
-            for file, photo in tqdm(zip(kept, photos), "photos", len(kept), unit="photo"):
+            for file, photo in tqdm(
+                zip(kept, photos), "photos", len(kept), unit="photo", disable=None
+            ):
                 self._photos[file] = photo
         if len(kept) < len(new):
             logger.warning(
@@ -219,13 +227,9 @@ class PhotoStore:
     def __contains__(self, file: str) -> bool:
         return file in self._photos
 
-    def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
-        scale = min(1.0, self.short_side / min(height, width))
-        return round(height * scale), round(width * scale)
-
     def _load(self, file: str) -> np.ndarray:
         photo = read_photo(file)
-        height, width = self._scaled_size(*photo.shape[:2])
+        height, width = scaled_size(*photo.shape[:2], self.short_side)
         if (height, width) != photo.shape[:2]:
             photo = cv2.resize(photo, (width, height), interpolation=cv2.INTER_AREA)
         photo = np.ascontiguousarray(photo)

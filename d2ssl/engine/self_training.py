@@ -13,7 +13,6 @@ import os
 import time
 from typing import Callable, Dict, List, Sequence
 
-import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from d2ssl.atomic import atomic_open
 from d2ssl.data.datasets.files import read_json
+from d2ssl.data.mapper import shrunk
 from d2ssl.data.masks import encode
 
 logger = logging.getLogger("d2ssl")
@@ -61,7 +61,7 @@ class LabelPhotos(HookBase):
         use: Callable[[List[dict]], None],
         folder: str,
         classes: Sequence[str],
-        side: int,
+        side: float,
     ):
         self.iterations, self.label, self.photos = set(iterations), label, photos
         self.use, self.folder, self.classes, self.side = use, folder, classes, side
@@ -196,7 +196,7 @@ def write_labels(
         json.dump(content, out)
 
 
-def read_labels(file: str, photos: Sequence[dict], side: int) -> List[dict]:
+def read_labels(file: str, photos: Sequence[dict], side: float) -> List[dict]:
     """Those of the photos of :func:`write_labels` that have an object, as dataset dicts of copies
     with a short side of at most ``side``; what the detector was unsure of is not among the
     ``annotations``, but a list of masks (RLE) under ``hidden``."""
@@ -215,28 +215,10 @@ def read_labels(file: str, photos: Sequence[dict], side: int) -> List[dict]:
     return dicts
 
 
-def _at_side(photo: dict, rows: Sequence[dict], side: int) -> dict:
-    """A photo with rows of the file as its labels, at the size that it is trained on: to decode
-    masks of 3 megapixels takes longer than all else that is done to a photo."""
-    scale = min(1.0, side / min(photo["height"], photo["width"]))
-    height, width = round(photo["height"] * scale), round(photo["width"] * scale)
-    objects, hidden = [], []
-    for row in rows:
-        mask = coco_mask.decode(row["segmentation"])
-        small = cv2.resize(mask * 255, (width, height), interpolation=cv2.INTER_AREA) > 127
-        segmentation = _encode(small)
-        if row["iscrowd"] or not small.any():
-            hidden.append(segmentation)
-            continue
-        box = [value * scale for value in row["bbox"]]
-        objects.append(
-            {
-                "bbox": box,
-                "bbox_mode": BoxMode.XYWH_ABS,
-                "segmentation": segmentation,
-                "category_id": row["category_id"],
-                "iscrowd": 0,
-            }
-        )
-    size = {"height": height, "width": width}
-    return {**photo, **size, "annotations": objects, "hidden": hidden}
+def _at_side(photo: dict, rows: Sequence[dict], side: float) -> dict:
+    """A photo with rows of the file as its labels, at the size that it is trained on."""
+    annotations = [{**row, "bbox_mode": BoxMode.XYWH_ABS} for row in rows]
+    small = shrunk({**photo, "annotations": annotations}, side)
+    rows = small["annotations"]
+    small["annotations"] = [row for row in rows if not row["iscrowd"]]
+    return {**small, "hidden": [row["segmentation"] for row in rows if row["iscrowd"]]}

@@ -11,6 +11,7 @@ from typing import Dict, List, Optional
 import torch
 from tabulate import tabulate
 
+from d2ssl.compat import available_cores
 from d2ssl.errors import D2SSLError
 from d2ssl.study.findings import Results, findings
 from d2ssl.study.jobs import Launcher
@@ -42,7 +43,7 @@ def launcher(study: Study, jobs: int, slurm: Optional[Dict] = None) -> Launcher:
     if not on_cpu:
         gpus = _gpus()
         return Launcher(folder, jobs or len(gpus), gpus)
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     jobs = jobs or max(1, min(cores, int(_memory() / (GIB_A_PROCESS + cfg.SSL.CACHE_GB))))
     return Launcher(folder, jobs, threads=max(1, cores // jobs))
 

@@ -45,6 +45,14 @@ def test_masks_are_read_only_where_they_are_wanted(register):
     assert len(load_dicts(["lazy@1"])) == 1 and seen.decoded == 1
 
 
+def test_sizes_that_are_not_said_are_read(tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    entry = {"file_name": str(tmp_path / "a.png"), "image_id": 0, "annotations": []}
+    register_dataset("unsized", lambda: [entry])
+    assert load_dicts(["unsized"]) == [{**entry, "height": 20, "width": 30}]
+    DatasetCatalog.remove("unsized")
+
+
 def config(train, test, num_classes, *opts):
     return load_cfg(opts=[
         "DATASETS.TRAIN", f"('{train}',)", "DATASETS.TEST", f"('{test}',)",

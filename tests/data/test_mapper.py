@@ -13,7 +13,9 @@ from d2ssl.data.build import (
     build_finetune_loader,
     build_pretrain_loader,
     build_validation_batches,
+    calibration_batches,
     load_dicts,
+    mapper_at_test_size,
 )
 from d2ssl.data.datasets import register_dataset
 from d2ssl.data.loader import random_state
@@ -222,6 +224,28 @@ def test_masks_follow_a_photo_that_was_scaled_down(tiny_cfg):
     assert (full["image"].float() - small["image"].float()).abs().mean() < 4
     a, b = full["instances"].gt_boxes.tensor, small["instances"].gt_boxes.tensor
     torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+    for a, b in zip(full["instances"].gt_masks.polygons, small["instances"].gt_masks.polygons):
+        np.testing.assert_allclose(a[0], b[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["absolute", "relative_range"])
+def test_crops_are_cut_out_of_the_photo_as_it_is(tiny_cfg, kind):
+    crop = {"absolute": "(40, 50)", "relative_range": "(0.5, 0.5)"}[kind]
+    opts = ["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", kind, "INPUT.CROP.SIZE", crop]
+    cfg = finetune_cfg(tiny_cfg("SSL.ENABLED", "False", *opts, "INPUT.MIN_SIZE_TRAIN", "(32,)"))
+    stream = build_finetune_loader(cfg).stream
+    for position in range(4):
+        with random_state(stream.seed, 1, position):
+            stock = DatasetMapper(cfg, True)(copy.deepcopy(stream.dicts[stream.order(position)]))
+        ours = stream[position]
+        assert torch.equal(ours["image"], stock["image"])
+        assert torch.equal(ours["instances"].gt_boxes.tensor, stock["instances"].gt_boxes.tensor)
+
+
+def test_photos_keep_their_size_where_nothing_scales_them(tiny_cfg):
+    opts = ["SSL.ENABLED", "False", "INPUT.MIN_SIZE_TRAIN", "(0,)", "INPUT.MAX_SIZE_TRAIN", "999"]
+    item = build_finetune_loader(finetune_cfg(tiny_cfg(*opts))).stream[0]
+    assert sorted(item["image"].shape) == [3, 96, 128]
 
 
 @pytest.fixture
@@ -270,6 +294,22 @@ def test_run_length_masks_are_scaled_and_flipped_along(tiny_cfg, ring_set, caplo
         assert item["instances"].gt_classes.tolist() == [0, 0]
         seen.add((n, flipped))
     assert seen == {(2, False), (2, True), (4, False), (4, True)}
+
+
+def test_masks_are_scaled_down_once_as_they_would_be_each_time(tiny_cfg, ring_set):
+    masks, _ = ring_set
+    cfg = ring_cfg(tiny_cfg, "INPUT.MIN_SIZE_TRAIN", "(61,)")
+    stream = build_finetune_loader(cfg).stream
+    (once,), (each,) = stream.dicts, load_dicts(["ring"])
+    assert (once["height"], once["width"]) == (61, 92)
+    assert once["annotations"][0]["segmentation"]["size"] == [61, 92]
+    assert each["annotations"] == masks  # the set's own are as they were
+    items = []
+    for d in (once, each):
+        with random_state(7):
+            items.append(stream.mapper(d)["instances"])
+    assert torch.equal(items[0].gt_masks.tensor, items[1].gt_masks.tensor)
+    torch.testing.assert_close(items[0].gt_boxes.tensor, items[1].gt_boxes.tensor)
 
 
 def test_run_length_masks_at_any_scale(tiny_cfg, ring_set):
@@ -511,6 +551,17 @@ def test_crowds_are_not_pasted(tiny_cfg, coloured_set):
         counts.add(len(item["instances"]))
     assert counts == {1, 2, 3, 4}  # any number of its objects, and never none
     assert str(crowded) == str(before)
+
+
+def test_a_photo_at_test_size_is_what_stock_tests_on(tiny_cfg):
+    cfg = finetune_cfg(tiny_cfg("SSL.ENABLED", "False", "INPUT.MIN_SIZE_TEST", "45"))
+    for d in load_dicts(["balloon_demo_train"])[:2]:
+        stock = DatasetMapper(cfg, False)(copy.deepcopy(d))["image"]
+        assert stock.shape == (3, 45, 60)
+        assert torch.equal(mapper_at_test_size(cfg)(d)["image"], stock)
+    assert torch.equal(calibration_batches(cfg, ["balloon_demo_train"], 1)[0][0]["image"],
+                       mapper_at_test_size(cfg)(load_dicts(["balloon_demo_train"])[0])["image"]
+                       [:, 6:38, 14:46])  # fmt: skip
 
 
 def test_validation_is_stocks(tiny_cfg, coloured_set):
