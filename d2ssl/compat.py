@@ -49,6 +49,14 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def has_bf16(device: str) -> bool:
+    """Whether a device ("cuda", "cpu", ...) computes in bf16, rather than imitating it."""
+    import torch
+
+    # torch.cuda.is_bf16_supported says yes to an imitation, and before torch 2.4 cannot be asked.
+    return device != "cuda" or torch.version.hip or torch.cuda.get_device_capability()[0] >= 8
+
+
 def has_compiled_ops() -> bool:
     """Whether Detectron2's own operators (deformable convolution, rotated boxes) are there.
 

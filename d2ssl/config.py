@@ -271,6 +271,7 @@ def _check(cfg: CN) -> None:
         all(isinstance(m, (list, tuple)) and list(map(type, m)) in PAIR for m in ssl.METHODS),
         f'SSL.METHODS {ssl.METHODS}: write pairs, [["SoCo", 1.0], ["Colorization", 5.0]]',
     )
+    one_of("SSL.FPN_NORM", ssl.FPN_NORM or '""', ('""', *BATCH_NORMS))
     for level in ssl.LEVELS:
         one_of("SSL.LEVELS", level, LEVELS)
     one_of("SSL.REGIONS.SOURCE", ssl.REGIONS.SOURCE, ("superpixels", "kmeans", "grid"))
@@ -361,11 +362,20 @@ def _check(cfg: CN) -> None:
         0 < low <= high <= 1, f"SSL.INPUT.CROP_SCALE {low}, {high}: give 0 < least <= most <= 1"
     )
     require(ssl.CALIBRATION_PHOTOS >= 2, "SSL.CALIBRATION_PHOTOS: give 2 or more")
+    require(
+        not cfg.TEST.PRECISE_BN.ENABLED,
+        "TEST.PRECISE_BN is not supported: the hand-off measures statistics anew; set it False",
+    )
     one_of("INPUT.FORMAT", cfg.INPUT.FORMAT, ("BGR", "RGB"))
     for solver in (cfg.SOLVER, ssl.SOLVER):
         require(
             solver.BIAS_LR_FACTOR == 1 and solver.WEIGHT_DECAY_BIAS in (None, solver.WEIGHT_DECAY),
             "SOLVER.BIAS_LR_FACTOR and WEIGHT_DECAY_BIAS are not supported; leave their defaults",
+        )
+        require(
+            not solver.get("BASE_LR_END"),  # not in v0.6
+            "SOLVER.BASE_LR_END is not supported; SSL.FINETUNE.LR_FLOOR and SSL.SOLVER.LR_FLOOR "
+            "are shares of BASE_LR at which a cosine schedule ends",
         )
     if ssl.FINETUNE.FROZEN_PARTS:
         require(
@@ -395,10 +405,13 @@ def pretrain_cfg(cfg: CN) -> CN:
     cfg.defrost()
     cfg.MODEL.META_ARCHITECTURE = "PretextModel"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    if cfg.MODEL.RESNETS.NORM in BATCH_NORMS:
-        cfg.MODEL.RESNETS.NORM = "BN"
     if cfg.MODEL.FPN.NORM == "":
         cfg.MODEL.FPN.NORM = cfg.SSL.FPN_NORM
+    # The trainer lets processes share statistics. Of SyncBN the hand-off, by one process, would
+    # wait for the others.
+    for node in (cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.ROI_BOX_HEAD):
+        if node.NORM in BATCH_NORMS:
+            node.NORM = "BN"
     cfg.DATASETS.TRAIN = tuple(cfg.SSL.DATASETS)
     cfg.DATASETS.TEST = ()
     cfg.SOLVER = cfg.SSL.SOLVER.clone()

@@ -1,5 +1,7 @@
 """The main job, stage by stage: pretrain, hand off, fine-tune, evaluate, report."""
 
+import gc
+import glob
 import json
 import logging
 import os
@@ -41,6 +43,7 @@ def set_up(cfg, keep_config: bool = True):
     for name in ("fvcore", "detectron2", "d2ssl"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
     cfg = resolve_auto(cfg)
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if comm.is_main_process() and keep_config:
         for name, text in (("config.yaml", cfg.dump()), ("environment.txt", collect_env_info())):
             with atomic_open(os.path.join(cfg.OUTPUT_DIR, name), "w") as file:
@@ -79,18 +82,23 @@ def pretrain(cfg, resume: bool = False) -> None:
     if not (resume and _handed_off(cfg)):
         _start(stage, resume)
         _forget(finetune_cfg(cfg).OUTPUT_DIR, ["last_checkpoint"])  # it fine-tuned other weights
-        trainer = PretrainTrainer(stage, resume)
-        trainer.register_hooks(
-            [
-                PutPictures.of_views(cfg, trainer),
-                PutPictures.of_matches(trainer),
-                PutPictures.of_reconstructions(trainer),
-            ]
-        )
-        trainer.train()
+        _train_pretext(cfg, stage, resume)
+        gc.collect()  # a trainer and its hooks hold one another, and with them model and workers
         if comm.is_main_process():
             hand_off(cfg)
     comm.synchronize()
+
+
+def _train_pretext(cfg, stage, resume: bool) -> None:
+    trainer = PretrainTrainer(stage, resume)
+    trainer.register_hooks(
+        [
+            PutPictures.of_views(cfg, trainer),
+            PutPictures.of_matches(trainer),
+            PutPictures.of_reconstructions(trainer),
+        ]
+    )
+    trainer.train()
 
 
 def finetune(cfg, resume: bool = False) -> Dict:
@@ -115,6 +123,10 @@ def evaluate_only(cfg) -> Dict:
     """Evaluate ``cfg.MODEL.WEIGHTS`` on ``cfg.DATASETS.TEST``."""
     if not cfg.MODEL.WEIGHTS:
         raise D2SSLError("--eval-only needs MODEL.WEIGHTS path/to/model_result.pth")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SSL.ENABLED = cfg.SSL.SELF_TRAINING.ENABLED = False  # no photos without labels are needed
+    cfg.freeze()
     cfg = set_up(cfg, keep_config=False)
     model = build_model(cfg)
     report = load_weights(model, cfg.MODEL.WEIGHTS)
@@ -138,6 +150,7 @@ def _start(stage, resume: bool) -> None:
         pictures = ["matches.png", "reconstructions.png"]  # not every method has them
         results = ["metrics.json", "last_checkpoint", "results.json", *pictures]
         results += map(os.path.basename, label_files(stage.OUTPUT_DIR))
+        results += glob.glob("events.out.tfevents.*", root_dir=stage.OUTPUT_DIR)
         _forget(stage.OUTPUT_DIR, [*results, *weights])
     comm.synchronize()
 

@@ -19,6 +19,14 @@ def test_stages_share_the_network():
     assert finetune.MODEL.WEIGHTS.endswith("pretrain/model_pretrained.pth")
 
 
+def test_processes_share_statistics_by_the_trainer_alone():
+    norms = ["MODEL.RESNETS.NORM", "SyncBN", "MODEL.FPN.NORM", "SyncBN", "MODEL.ROI_BOX_HEAD.NORM"]
+    model = pretrain_cfg(load_cfg(opts=[*PHOTOS, *norms, "naiveSyncBN"])).MODEL
+    assert [model.RESNETS.NORM, model.FPN.NORM, model.ROI_BOX_HEAD.NORM] == ["BN"] * 3
+    model = pretrain_cfg(load_cfg(opts=[*PHOTOS, "MODEL.FPN.NORM", "GN"])).MODEL
+    assert model.FPN.NORM == "GN" and model.ROI_BOX_HEAD.NORM == ""
+
+
 def test_without_ssl_finetuning_starts_from_the_users_weights():
     cfg = load_cfg(opts=["SSL.ENABLED", "False", "MODEL.WEIGHTS", "a.pkl"])
     assert finetune_cfg(cfg).MODEL.WEIGHTS == "a.pkl"
@@ -56,6 +64,8 @@ def test_classes_of_weights_are_a_name_or_names(value, tmp_path):
         (["SSL.SOLVER.BASE_RL", "1"], "nearest is SSL.SOLVER.BASE_LR"),
         (["SSL.INPUT.VIEW_SIZE", "200"], "multiple of 32, e.g. 192"),
         (["SSL.TRAIN", "['neck']"], "SSL.TRAIN neck: choose from bottom_up, fpn, box_head"),
+        (["SSL.FPN_NORM", "GN"], 'SSL.FPN_NORM GN: choose from "", FrozenBN, BN'),
+        (["TEST.PRECISE_BN.ENABLED", "True"], "TEST.PRECISE_BN is not supported"),
         (["SSL.DATASETS", "()"], "SSL.DATASETS is empty"),
         (["SSL.PRECISION", "fp16"], "choose from bf16, fp32"),
         (["SOLVER.MAX_ITER", "many"], "Type mismatch"),

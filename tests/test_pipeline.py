@@ -1,5 +1,6 @@
 """The command line, as a user types it, on a small drawn data set."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -184,6 +185,48 @@ def test_resume_under_another_config_is_refused(tiny_cfg):
     other = tiny_cfg("MODEL.FPN.OUT_CHANNELS", "64", "SSL.SOLVER.MAX_ITER", "6")
     with pytest.raises(D2SSLError, match="holds a run of another config"):
         pipeline.run(other, stage="pretrain", resume=True)
+
+
+def test_a_checkpoint_that_is_damaged_says_so(tiny_cfg, tmp_path):
+    from d2ssl import pipeline
+    from d2ssl.errors import D2SSLError
+
+    pipeline.run(tiny_cfg(), stage="pretrain")
+    path = tmp_path / "out/pretrain/model_final.pth"
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(D2SSLError, match="zip archive"):
+        pipeline.run(tiny_cfg("SSL.SOLVER.MAX_ITER", "6"), stage="pretrain", resume=True)
+
+
+def test_pretraining_is_gone_before_the_hand_off(tiny_cfg, monkeypatch):
+    """With its model, optimizer and workers."""
+    from d2ssl import pipeline
+    from d2ssl.engine.trainer import PretrainTrainer
+    from d2ssl.modeling.pretext_model import PretextModel
+
+    left = []
+
+    def hand_off(cfg):
+        kinds = PretextModel, PretrainTrainer
+        left.extend(o for o in gc.get_objects() if type(o) in kinds)
+
+    monkeypatch.setattr(pipeline, "hand_off", hand_off)
+    pipeline.pretrain(tiny_cfg())
+    assert not left
+
+
+def test_evaluation_needs_no_unlabelled_photos(tiny_cfg, tmp_path):
+    from d2ssl import pipeline
+
+    pipeline.run(tiny_cfg("SSL.ENABLED", "False"), stage="finetune")
+    (events,) = (tmp_path / "out/finetune").glob("events.out.tfevents.*")
+    weights = str(tmp_path / "out/finetune/model_result.pth")
+    cfg = tiny_cfg("MODEL.WEIGHTS", weights).clone()
+    cfg.defrost()
+    cfg.SSL.DATASETS = ("nowhere",)
+    assert "bbox" in pipeline.evaluate_only(cfg)
+    pipeline.run(tiny_cfg("SSL.ENABLED", "False"), stage="finetune")
+    assert not events.exists()  # curves start over, too
 
 
 def test_two_test_sets(tiny_cfg, tmp_path):

@@ -51,7 +51,7 @@ def resolve_auto(cfg):
     cost = method_class(resolved).queue_cost(resolved) * batch
     most = min(65536, photos, power_of_two_in(MOST_SIMILARITIES / max(cost, 1)))
     fill("SSL.QUEUE.SIZE", min(most, max(batch, power_of_two(photos / 2))))
-    if resolved.SSL.QUEUE.SIZE > photos:
+    if cost and resolved.SSL.QUEUE.SIZE > photos:
         raise D2SSLError(
             f"SSL.QUEUE.SIZE {resolved.SSL.QUEUE.SIZE}: the data set has {photos} photos, and the "
             f'queue would hold old keys of the same ones; give at most {photos}, or "auto"'

@@ -8,6 +8,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import MetadataCatalog
+from fvcore.common.checkpoint import _strip_prefix_if_present
 from torch import nn
 
 from d2ssl.atomic import atomic_open
@@ -128,6 +129,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint):
         model = self.model.state_dict()
+        _strip_prefix_if_present(checkpoint["model"], "module.")  # saved from several processes
         recorded = checkpoint.get("d2ssl", {}).get("config", {})
         self._conventions = checkpoint.get("conventions", recorded)
         _convolution_bias_to_norm(checkpoint["model"], model)

@@ -58,12 +58,12 @@ class SeedEachIteration(HookBase):
 class MoveTwins(HookBase):
     """Momentum encoder: moves after each step, its momentum rising to 1 by cosine (BYOL)."""
 
-    def __init__(self, method, momentum: float):
-        self.method, self.momentum = method, momentum
+    def __init__(self, model, momentum: float):
+        self.model, self.momentum = model, momentum
 
     def after_step(self):
         momentum = cosine_schedule(self.trainer.iter, self.trainer.max_iter, self.momentum, 1.0)
-        self.method.move_twins(momentum)
+        self.model.move_twins(momentum)
         self.trainer.storage.put_scalar("momentum", momentum, smoothing_hint=False)
 
 
@@ -131,18 +131,23 @@ class AveragedWeights(HookBase):
         self.average: Dict[str, torch.Tensor] = {}
 
     def before_train(self):
+        values = self.model.state_dict()
         if not self.average:
-            self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            self.average = {k: v.detach().clone() for k, v in values.items()}
+        # The same tensors all the time: listed once, and moved together.
+        moved = [k for k, v in values.items() if v.is_floating_point()]
+        self._moved = [self.average[k] for k in moved], [values[k] for k in moved]
+        self._copied = [
+            (self.average[k], v) for k, v in values.items() if not v.is_floating_point()
+        ]
 
     @torch.no_grad()
     def after_step(self):
         i = self.trainer.iter
         decay = min(self.decay, (1 + i) / (10 + i))
-        for name, value in self.model.state_dict().items():
-            if value.is_floating_point():
-                self.average[name].lerp_(value, 1 - decay)
-            else:
-                self.average[name].copy_(value)
+        torch._foreach_lerp_(*self._moved, 1 - decay)
+        for average, value in self._copied:
+            average.copy_(value)
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -160,7 +165,8 @@ class AveragedWeights(HookBase):
 
 
 class ValidationLoss(HookBase):
-    """The training losses on photos that are not trained on, every ``period`` iterations."""
+    """The training losses on photos that are not trained on, every ``period`` iterations; of the
+    weights as they are, not of their average."""
 
     def __init__(self, period: int, model: nn.Module, batches: List[list], seed: int):
         self.period, self.model, self.batches, self.seed = period, model, batches, seed

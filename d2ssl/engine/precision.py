@@ -4,7 +4,10 @@ import logging
 
 import torch
 from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from torch import nn
+
+from d2ssl.compat import has_bf16
 
 logger = logging.getLogger("d2ssl")
 
@@ -22,7 +25,7 @@ def apply_precision(model: nn.Module, bf16: bool) -> nn.Module:
     if not bf16:
         return model
     device = next(model.parameters()).device.type
-    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if not has_bf16(device):
         logger.warning("This GPU has no bf16 (it came with Ampere); training in fp32 instead.")
         return model
     model.to(memory_format=torch.channels_last)
@@ -30,7 +33,10 @@ def apply_precision(model: nn.Module, bf16: bool) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, ROIPooler):
             module.register_forward_pre_hook(_float_features)
-        elif name.rsplit(".", 1)[-1] in _OUTPUT_MODULES:
+        elif name.rsplit(".", 1)[-1] in _OUTPUT_MODULES or isinstance(
+            module,
+            FastRCNNOutputLayers,  # Cascade R-CNN has a list of them
+        ):
             module.register_forward_hook(_float_output)
     return model
 

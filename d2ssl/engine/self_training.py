@@ -108,8 +108,9 @@ def detect(
     found = []
     with inference_context(model):
         for photo in tqdm(photos, "labelling", disable=not comm.is_main_process(), leave=False):
-            instances = model([mapper(photo)])[0]["instances"].to("cpu")
-            found.append(annotations(instances[instances.scores >= unsure], score))
+            instances = model([mapper(photo)])[0]["instances"]
+            instances = instances[instances.scores >= unsure].to("cpu")
+            found.append(annotations(instances, score))
     return found
 
 

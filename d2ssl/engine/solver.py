@@ -1,5 +1,6 @@
 """Optimizer and learning-rate schedule, each part of the network with its own factor."""
 
+import logging
 import math
 from types import SimpleNamespace
 from typing import Callable, Dict, Iterable, List, Tuple
@@ -14,6 +15,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from d2ssl.compat import one_pass_adamw
 from d2ssl.errors import D2SSLError
+
+logger = logging.getLogger("d2ssl")
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -90,6 +93,11 @@ def main_schedule(solver, floor: float) -> Callable[[int], float]:
         raise D2SSLError(
             f"SOLVER.LR_SCHEDULER_NAME {name}: choose WarmupCosineLR or WarmupMultiStepLR"
         )
+    if solver.WARMUP_ITERS > steps / 2:
+        logger.warning(
+            "WARMUP_ITERS %d of MAX_ITER %d: the lr hardly comes near BASE_LR, and little is "
+            "learnt; lower WARMUP_ITERS", solver.WARMUP_ITERS, steps
+        )  # fmt: skip
     whole = WarmupParamScheduler(
         after, solver.WARMUP_FACTOR, min(solver.WARMUP_ITERS / steps, 1.0), solver.WARMUP_METHOD
     )

@@ -102,16 +102,19 @@ class Trainer(DefaultTrainer):
             logger.info("Resumed after iteration %d", self.iter)
 
     def _load_checkpoint(self) -> None:
+        other = (
+            f"{self.cfg.OUTPUT_DIR} holds a run of another config; give the same one, another "
+            "OUTPUT_DIR, or start over without --resume"
+        )
         try:
             self.checkpointer.resume_or_load("", resume=True)
-            fits = self.checkpointer.fits
-        except (ValueError, RuntimeError, KeyError):  # from the optimizer's state
-            fits = False
-        if not fits:
-            raise D2SSLError(
-                f"{self.cfg.OUTPUT_DIR} holds a run of another config; give the same one, another "
-                "OUTPUT_DIR, or start over without --resume"
-            )
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError, KeyError) as error:
+            reason = str(error).strip().splitlines()
+            raise D2SSLError(f"{other} ({reason[0] if reason else repr(error)})") from error
+        if not self.checkpointer.fits:
+            raise D2SSLError(other)
 
     # What a stage fills in.
 
@@ -347,7 +350,7 @@ class FinetuneTrainer(Trainer):
         if not any(isinstance(m, FrozenBatchNorm2d) for m in backbone.modules()):
             return
         batches = calibration_batches(cfg, cfg.DATASETS.TRAIN, cfg.SSL.CALIBRATION_PHOTOS)
-        bottom_up = backbone.bottom_up
+        bottom_up = getattr(backbone, "bottom_up", backbone)  # without an FPN it is the ResNet
         trainable = {p for p in bottom_up.parameters() if p.requires_grad}
         norm.unfreeze(bottom_up)
         norm.recalibrate(bottom_up, lambda b: bottom_up(module.preprocess_image(b).tensor), batches)

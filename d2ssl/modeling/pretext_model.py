@@ -20,16 +20,17 @@ class Encoding:
 
     Args:
         learns: whether gradients flow; not through a momentum twin.
+        fpn: whether the maps of the FPN are asked for.
     """
 
-    def __init__(self, trunk: Trunk, images: torch.Tensor, learns: bool):
-        self.trunk, self.images, self.learns = trunk, images, learns
+    def __init__(self, trunk: Trunk, images: torch.Tensor, learns: bool, fpn: bool = True):
+        self.trunk, self.images, self.learns, self.fpn = trunk, images, learns, fpn
 
     @functools.cached_property
     def pyramid(self) -> Dict[str, torch.Tensor]:
         """{"res2": N x C x H/4 x W/4, ..., "p2": N x 256 x H/4 x W/4, ...}."""
         with torch.set_grad_enabled(self.learns):
-            return self.trunk(self.images)
+            return self.trunk(self.images, self.fpn)
 
     def box_features(self, boxes: torch.Tensor) -> torch.Tensor:
         """N x R x 4 boxes (XYXY in pixels of the view) -> N x R x box head's width."""
@@ -95,11 +96,14 @@ class ViewBatch:
     @functools.cached_property
     def momentum(self) -> Encoding:
         """By its momentum twin."""
-        return Encoding(self.model.trunk_twin, self.images, learns=False)
+        return self._encoding(self.model.trunk_twin, self.images, learns=False)
 
     def encode(self, pixels: torch.Tensor) -> Encoding:
         """Another picture, N x 3 x S x S in 0..255, through the trunk that learns."""
-        return Encoding(self.model.trunk, self.model.normalize(pixels), self._learns)
+        return self._encoding(self.model.trunk, self.model.normalize(pixels), self._learns)
+
+    def _encoding(self, trunk: Trunk, images: torch.Tensor, learns: bool) -> Encoding:
+        return Encoding(trunk, images, learns, fpn="fpn" in self.model.method.reaches)
 
 
 def _in_pair(ids: torch.Tensor, pair: int) -> torch.Tensor:
@@ -189,10 +193,13 @@ class PretextModel(nn.Module):
 
         Norm statistics are the twin's own: it runs in training mode.
         """
-        for online, twin in self.twins():
-            for p, q in zip(online.parameters(), twin.parameters()):
-                if p.requires_grad:
-                    q.lerp_(p, 1 - momentum)
+        pairs = [
+            (q, p)
+            for online, twin in self.twins()
+            for p, q in zip(online.parameters(), twin.parameters())
+            if p.requires_grad
+        ]
+        torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - momentum)
 
     def parameter_parts(self) -> Dict[str, List[nn.Module]]:
         """Everything that learns, by the names under ``SSL.SOLVER.LR_FACTOR``."""

@@ -12,7 +12,8 @@ from torch import nn
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.norm import freeze
 
-FINETUNE_PARTS = ("STEM", "RES2", "RES3", "RES4", "RES5", "FPN", "RPN", "BOX_HEAD", "MASK_HEAD")
+STAGES = ("STEM", "RES2", "RES3", "RES4", "RES5")
+FINETUNE_PARTS = (*STAGES, "FPN", "RPN", "BOX_HEAD", "MASK_HEAD")
 
 
 def part_of(parameter_name: str) -> str:
@@ -22,9 +23,11 @@ def part_of(parameter_name: str) -> str:
     for anything else.
     """
     name = parameter_name
+    stage = name.removeprefix("backbone.").removeprefix("bottom_up.").split(".")[0].upper()
+    if name.startswith("backbone.") and stage in STAGES:  # without an FPN the backbone is a ResNet
+        return stage
     if name.startswith("backbone.bottom_up."):
-        stage = name.split(".")[2].upper()
-        return stage if stage in FINETUNE_PARTS else "OTHER"
+        return "OTHER"
     for prefix, part in (
         ("backbone.", "FPN"),
         ("proposal_generator.", "RPN"),
@@ -85,9 +88,15 @@ class Trunk(nn.Module):
             "box_in_features": heads["box_in_features"],
         }
 
-    def forward(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, images: torch.Tensor, fpn: bool = True) -> Dict[str, torch.Tensor]:
         """N x 3 x H x W, normalised, sides multiples of 32 -> the maps of the FPN and of the stages
-        under it, {"p2": N x 256 x H/4 x W/4, ..., "res5": N x 2048 x H/32 x W/32}."""
+        under it, {"p2": N x 256 x H/4 x W/4, ..., "res5": N x 2048 x H/32 x W/32}.
+
+        Args:
+            fpn: False: only the stages.
+        """
+        if not fpn:
+            return self.backbone.bottom_up(images)
         stages: Dict[str, torch.Tensor] = {}  # the FPN keeps them to itself
         bottom_up = self.backbone.bottom_up
         hook = bottom_up.register_forward_hook(lambda module, args, maps: stages.update(maps))

@@ -93,9 +93,10 @@ def test_given_values_stay_and_the_others_follow_them(resolve):
 
 def test_a_queue_larger_than_the_set_is_one_line(resolve):
     with pytest.raises(D2SSLError, match="SSL.QUEUE.SIZE 62: the data set has 61 photos") as error:
-        resolve(61, "SSL.QUEUE.SIZE", "62")
+        resolve(61, "SSL.QUEUE.SIZE", "62", "SSL.METHOD", "MoCo")
     assert "\n" not in str(error.value)
-    assert resolve(62, "SSL.QUEUE.SIZE", "62")[3] == 62
+    assert resolve(62, "SSL.QUEUE.SIZE", "62", "SSL.METHOD", "MoCo")[3] == 62
+    assert resolve(61, "SSL.QUEUE.SIZE", "62", "SSL.METHOD", "SoCo")[3] == 62  # it has none
 
 
 def test_what_was_filled_in_is_logged(resolve, caplog):

@@ -37,6 +37,13 @@ def test_report_counts_each_tensor_once(tmp_path):
     assert torch.equal(net.stem.weight, state["stem.weight"])
 
 
+def test_weights_saved_from_several_processes(tmp_path):
+    state = Net().state_dict()
+    torch.save({"model": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "a.pth")
+    report = load_weights(Net(), str(tmp_path / "a.pth"))
+    assert report.loaded == [*state] and not report.unused
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
 def test_what_is_no_checkpoint(tmp_path, content):
     path = tmp_path / "bad.pth"

@@ -89,3 +89,14 @@ def test_what_heads_give_to_losses_and_box_arithmetic_is_fp32(models):
     rpn, box, mask = seen
     outputs = [*rpn[0], *rpn[1], *box, mask]
     assert len(outputs) == 13 and all(x.dtype == torch.float32 for x in outputs)
+
+
+def test_each_stage_of_a_cascade_gives_fp32(tiny_cfg):
+    name = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"]
+    cfg = finetune_cfg(tiny_cfg("SSL.ENABLED", "False", *name, "True"))
+    model = apply_precision(build_model(cfg), True)
+    seen = []
+    for predictor in model.roi_heads.box_predictor:
+        predictor.register_forward_hook(lambda m, i, o: seen.extend(x.dtype for x in o))
+    losses(model)
+    assert seen == [torch.float32] * 6

@@ -109,3 +109,10 @@ def test_a_state_of_another_memory_format(name):
         weight, state = step(start, gradients[0], first)
         results.append(step(weight, gradients[1], torch.contiguous_format, state)[0])
     assert torch.allclose(*results, atol=1e-6)
+
+
+def test_a_warmup_that_takes_most_of_the_run_is_said(caplog):
+    main_schedule(solver(WARMUP_ITERS=50).SOLVER, 0.0)
+    assert not caplog.messages
+    main_schedule(solver(WARMUP_ITERS=51).SOLVER, 0.0)
+    assert "WARMUP_ITERS 51 of MAX_ITER 100" in caplog.text

@@ -48,6 +48,16 @@ def test_what_nobody_asks_for_is_not_encoded(model_and_batch, count_calls):
     assert torch.equal(online[0], views[0].images) and torch.equal(twin[0], views[1].images)
 
 
+def test_without_levels_of_the_fpn_it_is_not_computed(model_and_batch, count_calls):
+    model, batch = model_and_batch("BYOL", "SSL.LEVELS", "['res5']")
+    calls = [count_calls(trunk.backbone.fpn_output2) for trunk in (model.trunk, model.trunk_twin)]
+    view = model.see(batch)[0]
+    assert sorted(view.online.pyramid) == ["res2", "res3", "res4", "res5"]
+    model(batch)
+    assert calls == [[], []]
+    torch.testing.assert_close(view.online.pyramid["res5"], model.trunk(view.images)["res5"])
+
+
 def test_a_method_without_twin_has_none(model_and_batch):
     model, _ = model_and_batch("SimCLR")
     assert not hasattr(model, "trunk_twin") and model.twins() == []
