@@ -65,7 +65,8 @@ def main(args):
     call_register_functions(cfg.SSL.REGISTER)
     call_register_functions(args.register, "--register")
     size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    sets = check_sets(args.names, *size, test=cfg.DATASETS.TEST)
+    judged_by = [*cfg.DATASETS.TEST, cfg.SSL.FINETUNE.DEV_DATASET]
+    sets = check_sets(args.names, *size, test=judged_by)
     if args.config_file:
         compare_with_detector(sets, cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.MASK_ON)
     name = re.sub(r"[^\w.@#+-]+", "_", "+".join(args.names))[:100]

@@ -113,7 +113,8 @@ def check_sets(
     Args:
         names: of sets; several are compared with one another, as the splits of one.
         min_size, max_size: INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST of fine-tuning.
-        test: sets that are tested on; others are known by names such as ``my_val``.
+        test: sets that are tested on, or by which something is chosen; others are known by names
+            such as ``my_val``.
         shown: photos of each set that are kept to be shown.
         num_workers: processes; default: as many as there are cores, none for few photos.
 
@@ -414,6 +415,10 @@ def _shared(earlier: CheckedSet, later: CheckedSet, shared, apart: bool) -> list
     labelled = bool(earlier.kind and later.kind)
     if not shared:
         return []
+    if earlier.is_test and later.is_test:
+        return [Finding(WARNING, "test or dev sets that share photos", "nothing to do if one is a "
+                        "part of the other and neither chooses anything: what was chosen by a "
+                        "photo is not tested by it", "", f"{names}: {len(shared)}")]  # fmt: skip
     if not (apart and (labelled or earlier.is_test or later.is_test)):
         return [Finding(NOTE, "sets that share photos", "nothing to do if that is meant", "",
                         f"{names}: {len(shared)}")]  # fmt: skip

@@ -231,6 +231,8 @@ def test_the_same_photo_in_two_sets(make, tmp_path):
         severities("things_one", "things_train", test=["things_one"])
         == [(ERROR, "the same photo")] * 3
     )
+    both = severities("things_one", "things_train", test=["things_one", "things_train"])
+    assert both == [(WARNING, "test or dev sets that share photos")]
     # Two parts of a training set, and a part of a set:
     known = severities("things_val", "things_one", "things_two")
     assert known == [(ERROR, "the same photo"), (NOTE, "sets that share photos")]
