@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import IO
@@ -41,27 +40,38 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
 
 
 @contextlib.contextmanager
-def atomic_folder(target: str) -> Iterator[str]:
+def atomic_folder(target: str, fix: str = "name another") -> Iterator[str]:
     """
     A temporary folder beside ``target`` that becomes ``target`` when the block ends well.
 
     A folder that was there before is replaced; after an exception it is as it was, and the
     temporary one is gone.
+
+    Args:
+        fix: what to do where it cannot be written, for the message.
+
+    Raises:
+        D2SSLError: ``target`` is a file, or it or what the block makes cannot be written.
     """
-    parent = os.path.dirname(os.path.abspath(target))
-    os.makedirs(parent, exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}.", dir=parent)
-    made, replaced = os.path.join(temporary, "new"), os.path.join(temporary, "old")
+    if os.path.lexists(target) and not os.path.isdir(target):
+        raise D2SSLError(f"{target}: exists and is no folder; {fix}")
+    parent, name = os.path.split(os.path.abspath(target))
     try:
-        os.mkdir(made)  # unlike mkdtemp's, with the user's usual permissions
-        yield made
-        if os.path.lexists(target):
-            os.rename(target, replaced)
-        try:
-            os.rename(made, target)
-        except OSError:
-            if os.path.lexists(replaced):
-                os.rename(replaced, target)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{name}.", dir=parent, ignore_cleanup_errors=True
+        ) as temporary:
+            made, replaced = os.path.join(temporary, "new"), os.path.join(temporary, "old")
+            os.mkdir(made)  # unlike the temporary one, with the user's usual permissions
+            yield made
+            if os.path.lexists(target):
+                os.rename(target, replaced)
+            try:
+                os.rename(made, target)
+            except OSError:
+                if os.path.lexists(replaced):
+                    os.rename(replaced, target)
+                raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise D2SSLError(f"{target}: cannot be written ({reason}); {fix}") from error

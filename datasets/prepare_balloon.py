@@ -46,7 +46,7 @@ def prepare(root: str, source: str | None = None) -> str:
 
     Raises:
         D2SSLError: the source cannot be had or is not the published set, or ``root/balloon``
-            holds something else.
+            holds something else or cannot be written.
     """
     target = os.path.join(root, "balloon")
     if os.path.isdir(target) and os.listdir(target):

@@ -37,11 +37,15 @@ def read_photo(path: str) -> np.ndarray:
 
     Raises:
         D2SSLError: missing, unreadable or truncated file, or one that Detectron2 would
-            misread (more than 8 bits in one channel, a TIFF with an orientation tag).
+            misread (more than 8 bits in one channel, a TIFF with an orientation tag, a PNG whose
+            rotation is stated behind the picture).
     """
-    photo_size(path)  # refuses what read_image would misread
+    size = photo_size(path)  # refuses what read_image would misread
     try:
-        return read_image(str(path), "RGB")
+        photo = read_image(str(path), "RGB")
+        if photo.shape[:2] != size:
+            raise ValueError("its rotation is stated behind the picture")
+        return photo
     except Exception as error:  # on damaged files PIL raises nearly anything
         raise _unreadable(path, error) from error
 
@@ -95,10 +99,12 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _unreadable(path: str, error: Exception) -> D2SSLError:
-    reason = str(error) or type(error).__name__
+    reason, fix = str(error) or type(error).__name__, "save it again as JPEG or PNG"
     if isinstance(error, Image.UnidentifiedImageError):
         reason = "not a picture that PIL knows"
-    return D2SSLError(f"{path}: cannot be read ({reason}); save it again as JPEG or PNG")
+    if isinstance(error, Image.DecompressionBombError):
+        fix = "scale it down or cut it into tiles"
+    return D2SSLError(f"{path}: cannot be read ({reason}); {fix}")
 
 
 def shrink(photo: np.ndarray, long_side: int) -> np.ndarray:

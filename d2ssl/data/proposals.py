@@ -7,24 +7,25 @@ Boxes are Nx4 float32 XYXY in pixels of the photo, x2 and y2 behind the last pix
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import logging
 import os
-import tempfile
 import zlib
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 
+from d2ssl.atomic import atomic_open
 from d2ssl.data.photos import map_photos
 from d2ssl.data.selective_search import selective_search
 from d2ssl.errors import D2SSLError
 
 SOURCES = ("selective_search", "grid", "random", "annotations")
-UNFILTERED = {"min_size": 0, "max_aspect": np.inf, "min_scale": 0, "max_scale": np.inf}
+UNFILTERED = {"min_size": 0, "max_aspect": 1e9, "min_scale": 0, "max_scale": np.inf}
 CACHE_VERSION = 1  # count up when selective_search changes its answer
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,8 @@ def attach_proposals(
     Args:
         dataset_dicts: Detectron2's standard dicts (file_name, height, width).
         source: one of ``SOURCES``, or the path of a JSON file with COCO's ``images`` and
-            ``annotations``; its images are matched by file name.
+            ``annotations``; its images are matched by file name, and where they state another
+            ``height`` and ``width`` than the photo's, in the same proportion, boxes are scaled.
         read_photo: path -> HxWx3 uint8 RGB. Must be picklable if ``num_workers`` > 0.
         cache_dir: selective search keeps its boxes here, one file per photo content, so a photo
             renamed or moved is not searched again and a changed one is. None: no cache.
@@ -150,7 +152,8 @@ def attach_proposals(
         (XYXY_ABS) and ``proposal_objectness_logits`` (N zeros).
 
     Raises:
-        D2SSLError: unknown source, unreadable JSON file, or what ``read_photo`` raises.
+        D2SSLError: unknown source, unreadable JSON file or one for photos of other proportions, no
+            annotated box, a ``cache_dir`` that cannot be used, or what ``read_photo`` raises.
     """
     from detectron2.structures import BoxMode
 
@@ -161,7 +164,7 @@ def attach_proposals(
     elif source == "random":
         found = [_random_of_photo(d) for d in dataset_dicts]
     elif source == "annotations":
-        found = [annotation_boxes(d) for d in dataset_dicts]
+        found = _annotated(dataset_dicts)
     elif source.endswith(".json"):
         found = _boxes_from_json(source, dataset_dicts)
     else:
@@ -189,10 +192,24 @@ def _random_of_photo(dataset_dict: dict) -> np.ndarray:
     return random_boxes(dataset_dict["height"], dataset_dict["width"], 64, rng)
 
 
+def _annotated(dataset_dicts: list[dict]) -> list[np.ndarray]:
+    found = [annotation_boxes(d) for d in dataset_dicts]
+    bare = sum(len(boxes) == 0 for boxes in found)
+    if bare == len(found) > 0:
+        raise D2SSLError(
+            f"proposals: none of {bare} photos has an annotated box; name labelled sets in "
+            "SSL.DATASETS, or another SSL.PROPOSALS.SOURCE"
+        )
+    if bare:
+        logger.warning("%d of %d photos have no annotated box: each is one box", bare, len(found))
+    return found
+
+
 def _search_all(dataset_dicts, read_photo, cache_dir, num_workers) -> list[np.ndarray]:
     """Selective search of all photos, in order."""
     if cache_dir is not None:
-        os.makedirs(cache_dir, exist_ok=True)
+        with _naming_the_cache(cache_dir):
+            os.makedirs(cache_dir, exist_ok=True)
     search = partial(_search_one, read_photo=read_photo, cache_dir=cache_dir)
     files = [d["file_name"] for d in dataset_dicts]
     return list(map_photos(search, files, "selective search", num_workers))
@@ -210,20 +227,30 @@ def _search_one(file_name: str, read_photo: Callable, cache_dir: str | None) -> 
     boxes = _read_cached(cached)
     if boxes is None:
         boxes = selective_search(read_photo(file_name))
-        with tempfile.NamedTemporaryFile(dir=cache_dir, suffix=".part", delete=False) as part:
-            np.save(part, boxes)
-        os.replace(part.name, cached)  # so no reader, in any process, meets half a file
+        with _naming_the_cache(cache_dir), atomic_open(cached, "wb") as file:
+            np.save(file, boxes)
     return boxes
 
 
+@contextlib.contextmanager
+def _naming_the_cache(cache_dir: str):
+    try:
+        yield
+    except OSError as error:
+        raise D2SSLError(
+            f"{cache_dir}: cannot be written ({error.strerror}); set SSL.PROPOSALS.CACHE_DIR or "
+            "D2SSL_CACHE to another folder"
+        ) from error
+
+
 def _read_cached(path: str) -> np.ndarray | None:
-    """The boxes in a cache file; None if there is no such file or it is damaged."""
+    """The boxes in a cache file; None if there is none that can be read."""
     try:
         boxes = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:
-        logger.warning("%s: damaged (%s), computed again", path, error)
+        logger.warning("%s: cannot be read (%s), computed again", path, error)
         return None
     return boxes if boxes.ndim == 2 and boxes.shape[1] == 4 and len(boxes) else None
 
@@ -237,22 +264,46 @@ def _boxes_from_json(path: str, dataset_dicts: list[dict]) -> list[np.ndarray]:
         for annotation in content["annotations"]:
             x, y, w, h = annotation["bbox"]
             boxes[annotation["image_id"]].append([x, y, x + w, y + h])
-        by_name = {image["file_name"]: boxes[image["id"]] for image in content["images"]}
+        by_name = {
+            image["file_name"]: (boxes[image["id"]], _stated_size(image))
+            for image in content["images"]
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise D2SSLError(
             f"{path}: not a COCO-format file of boxes ({type(error).__name__}: {error}); it needs "
             "'images' (id, file_name) and 'annotations' (image_id, bbox as x, y, w, h)"
         ) from error
     found = [_by_file_name(by_name, d["file_name"]) for d in dataset_dicts]
-    missing = [d["file_name"] for d, boxes in zip(dataset_dicts, found) if boxes is None]
+    missing = [d["file_name"] for d, entry in zip(dataset_dicts, found) if entry is None]
     if len(missing) == len(found) > 0:
         raise D2SSLError(f"{path}: names none of the photos, such as {missing[0]}; check file_name")
     if missing:
         logger.warning("%s: no entry for %d photos, e.g. %s", path, len(missing), missing[0])
-    return [np.array(boxes or [], dtype=np.float32).reshape(-1, 4) for boxes in found]
+    return [_on_photo(*(entry or ([], None)), d, path) for d, entry in zip(dataset_dicts, found)]
 
 
-def _by_file_name(by_name: dict[str, list], file_name: str) -> list | None:
+def _stated_size(image: dict) -> tuple[float, float] | None:
+    """Height and width in an entry of COCO's images; None where it has not both."""
+    height, width = image.get("height"), image.get("width")
+    return (float(height), float(width)) if height and width else None
+
+
+def _on_photo(boxes: list, size: tuple[float, float] | None, photo: dict, path: str) -> np.ndarray:
+    """Boxes made on a copy of a photo, in pixels of the photo: Nx4."""
+    actual = photo["height"], photo["width"]
+    height, width = size or actual
+    # A copy's sides are rounded to whole pixels, each by less than one.
+    rounding = max(height + width, sum(actual))
+    if abs(height * actual[1] - width * actual[0]) > rounding:
+        raise D2SSLError(
+            f"{path}: has boxes for {photo['file_name']} of {width:g}x{height:g}, but it is "
+            f"{actual[1]}x{actual[0]}; make them on the photo as it is"
+        )
+    scale = np.array([actual[1] / width, actual[0] / height] * 2)
+    return (np.array(boxes).reshape(-1, 4) * scale).astype(np.float32)
+
+
+def _by_file_name(by_name: dict[str, tuple], file_name: str) -> tuple | None:
     """The entry whose name is the longest end of the path: "b/1.jpg" goes before "1.jpg"."""
     parts = file_name.replace("\\", "/").split("/")
     ends = ("/".join(parts[start:]) for start in range(len(parts)))

@@ -180,6 +180,11 @@ def changed(path, value):
     return content
 
 
+def test_backslashes_of_windows(register, tmp_path):
+    register(changed(("images", 0, "file_name"), "b\\1.jpg"))
+    assert DatasetCatalog.get(NAME)[2]["file_name"] == str(tmp_path / "b" / "1.jpg")
+
+
 FIRST = ("annotations", 0)
 MASK = (*FIRST, "segmentation")
 

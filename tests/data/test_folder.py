@@ -20,6 +20,19 @@ def test_photos_of_all_subfolders_in_order(tmp_path):
     ]
 
 
+def test_linked_folders_count_once_and_do_not_lead_in_a_circle(tmp_path):
+    for name in ("outside/x.jpg", "set/own/y.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.new("RGB", (20, 30)).save(tmp_path / name)
+    links = {"linked": "outside", "own/up": "set", "a/b": "outside"}
+    for link, target in links.items():
+        (tmp_path / "set" / link).parent.mkdir(exist_ok=True)
+        (tmp_path / "set" / link).symlink_to(tmp_path / target)
+    register_image_folder("test_folder", str(tmp_path / "set"))
+    files = [entry["file_name"] for entry in listed("test_folder")]
+    assert files == [str(tmp_path / "set" / name) for name in ("a/b/x.jpg", "own/y.jpg")]
+
+
 def test_bad_folders_are_named_when_used(tmp_path):
     register_image_folder("test_folder", str(tmp_path / "gone"))
     with pytest.raises(D2SSLError, match="gone: no such folder"):

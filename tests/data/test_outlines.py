@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -127,6 +129,19 @@ def test_self_crossing_outline_is_kept_counted_and_even_odd(notes):
 )
 def test_closed_and_touching_outlines_do_not_cross(points):
     assert not crosses_itself(np.array(points))
+
+
+def test_outline_of_many_points_takes_little_memory():
+    angle = np.linspace(0, 2 * np.pi, 2000, endpoint=False)
+    ring = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    tracemalloc.start()
+    assert not crosses_itself(ring)
+    assert tracemalloc.get_traced_memory()[1] < 30e6  # of all pairs at once: over 100 MB
+    tracemalloc.stop()
+    for first, second in ((1998, 1999), (63, 64), (10, 1500)):  # in one block, across, far apart
+        crossed = ring.copy()
+        crossed[[first, second]] = ring[[second, first]]
+        assert crosses_itself(crossed)
 
 
 def test_size_of_the_photo(tmp_path):

@@ -106,6 +106,27 @@ def test_bad_files_are_named(tmp_path):
         photo_size(str(tmp_path / "empty.jpg"))
 
 
+def test_photo_too_large_for_pil(tmp_path, monkeypatch):
+    Image.fromarray(gradient(20, 30)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)  # it refuses twice as many
+    with pytest.raises(D2SSLError, match="a.png: cannot be read .*600 .*; scale it down or cut"):
+        photo_size(str(tmp_path / "a.png"))
+
+
+def test_png_that_is_turned_by_what_follows_the_picture(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(gradient(20, 30)).save(tmp_path / "a.png", exif=exif)
+    content = (tmp_path / "a.png").read_bytes()
+    start = content.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    end = content.index(b"IEND") - 4
+    moved = content[:start] + content[stop:end] + content[start:stop] + content[end:]
+    (tmp_path / "a.png").write_bytes(moved)
+    with pytest.raises(D2SSLError, match="a.png: cannot be read .its rotation .*save it again"):
+        read_photo(str(tmp_path / "a.png"))
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_truncated_file(tmp_path, suffix):
     noise = np.random.RandomState(0).randint(0, 255, (64, 64, 3), np.uint8)

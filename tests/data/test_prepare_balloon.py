@@ -106,6 +106,15 @@ def test_users_own_folder_is_not_overwritten(script, tmp_path):
     assert found(tmp_path / "root/balloon") == {"train/mine.jpg": b"mine"}
 
 
+@pytest.mark.parametrize("file", ["root/balloon", "root"])
+def test_users_own_file_is_not_overwritten(script, tmp_path, file):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("mine")
+    with pytest.raises(D2SSLError, match="root/balloon: .*; name another"):
+        script.prepare(str(tmp_path / "root"), write_folder(tmp_path / "source"))
+    assert (tmp_path / file).read_text() == "mine"
+
+
 def test_damaged_or_missing_source(script, tmp_path):
     with pytest.raises(D2SSLError, match="gone.zip: no such folder or zip"):
         script.prepare(str(tmp_path / "root"), str(tmp_path / "gone.zip"))

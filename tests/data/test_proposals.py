@@ -102,7 +102,7 @@ def test_filter_clips_to_the_photo():
     assert found.tolist() == [[0, 0, 60, 70]]
 
 
-def test_annotations_are_kept_whatever_their_size(dicts):
+def test_annotations_are_kept_whatever_their_size(dicts, caplog):
     one = dict(dicts[0])
     one["annotations"] = [
         {"bbox": [10, 20, 3, 2], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0},
@@ -111,11 +111,14 @@ def test_annotations_are_kept_whatever_their_size(dicts):
     ]
     assert annotation_boxes(one).tolist() == [[10, 20, 13, 22], [0, 0, 119, 89]]
     labelled, bare = attach_proposals([one, dicts[1]], "annotations", unreadable, min_scale=0.3)
+    assert [r.getMessage()[:9] for r in caplog.records] == ["1 of 2 ph"]
     assert labelled["proposal_boxes"].tolist() == [[10, 20, 13, 22], [0, 0, 119, 89]]
     assert bare["proposal_boxes"].tolist() == [[0, 0, 120, 90]]
+    with pytest.raises(D2SSLError, match="none of 3 photos .* SSL.DATASETS"):
+        attach_proposals(dicts, "annotations", unreadable)
 
 
-@pytest.mark.parametrize("source", ["selective_search", "grid", "random", "annotations"])
+@pytest.mark.parametrize("source", ["selective_search", "grid", "random"])
 def test_attach_writes_detectron2s_fields_to_copies(dicts, source):
     before = [dict(d) for d in dicts]
     attached = attach_proposals(dicts, source, photo_of, num_workers=0)
@@ -184,6 +187,43 @@ def test_damaged_cache_entry_is_computed_again(dicts, tmp_path, damage):
     assert sorted(cache.iterdir()) == entries  # and no temporary file is left
 
 
+def test_cache_is_readable_for_others(dicts, tmp_path):
+    before = os.umask(0o022)
+    try:
+        attach_proposals(dicts, "selective_search", photo_of, str(tmp_path / "c"), num_workers=0)
+    finally:
+        os.umask(before)
+    assert {entry.stat().st_mode & 0o777 for entry in (tmp_path / "c").iterdir()} == {0o644}
+
+
+def full(file, boxes):
+    file.write(b"half")
+    raise OSError(28, "No space left on device")
+
+
+def test_cache_that_cannot_be_used_is_named(dicts, tmp_path, monkeypatch):
+    fix = "set SSL.PROPOSALS.CACHE_DIR or D2SSL_CACHE"
+    (tmp_path / "file").touch()
+    with pytest.raises(D2SSLError, match=f"file: cannot be written .*{fix}"):
+        attach_proposals(dicts, "selective_search", unreadable, str(tmp_path / "file"))
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(D2SSLError, match=f"cache: cannot be written .No space.*{fix}"):
+        attach_proposals(
+            dicts, "selective_search", photo_of, str(tmp_path / "cache"), num_workers=0
+        )
+    assert not [*(tmp_path / "cache").iterdir()]
+
+
+def test_cache_entry_of_another_user_is_not_called_damaged(dicts, tmp_path, monkeypatch, caplog):
+    def forbidden(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(np, "load", forbidden)
+    attach_proposals(dicts[:1], "selective_search", photo_of, str(tmp_path / "c"))
+    (record,) = caplog.records
+    assert "cannot be read" in record.message and "damaged" not in record.message
+
+
 def test_json_boxes_are_matched_by_the_longest_name(dicts, tmp_path):
     folders = [dict(dicts[0], file_name=f"/any/where/{name}/1.jpg") for name in "ab"]
     images = [{"id": 7, "file_name": "b/1.jpg"}, {"id": 8, "file_name": "1.jpg"}]
@@ -197,6 +237,32 @@ def test_json_boxes_are_matched_by_the_longest_name(dicts, tmp_path):
     a, b = attach_proposals(folders, str(path), unreadable)
     assert a["proposal_boxes"].tolist() == [[5, 6, 12, 14], [100, 80, 120, 90]]
     assert b["proposal_boxes"].tolist() == [[1, 2, 31, 42]]
+
+
+@pytest.mark.parametrize(
+    "size, box",
+    [
+        ((90, 120), [10, 20, 40, 60]),
+        ((180, 240), [5, 10, 20, 30]),
+        ((45, 61), [10 * 120 / 61, 40, 40 * 120 / 61, 90]),  # made smaller, and rounded
+        ((None, 120), [10, 20, 40, 60]),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_json_boxes_are_scaled_to_the_photo(dicts, tmp_path, size, box):
+    image = {"id": 0, "file_name": "0.jpg", "height": size[0], "width": size[1]}
+    boxes = [{"image_id": 0, "bbox": [10, 20, 30, 40]}, {"image_id": 0, "bbox": [3, 3, 0, 0]}]
+    (tmp_path / "boxes.json").write_text(json.dumps({"images": [image], "annotations": boxes}))
+    (photo,) = attach_proposals(dicts[:1], str(tmp_path / "boxes.json"), unreadable)
+    np.testing.assert_allclose(photo["proposal_boxes"], [box], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(120, 90), (90, 124), (480, 600)])
+def test_json_boxes_of_another_shape_of_photo_are_refused(dicts, tmp_path, size):
+    image = {"id": 0, "file_name": "0.jpg", "height": size[0], "width": size[1]}
+    (tmp_path / "boxes.json").write_text(json.dumps({"images": [image], "annotations": []}))
+    with pytest.raises(D2SSLError, match=f"0.jpg of {size[1]}x{size[0]}, but it is 120x90"):
+        attach_proposals(dicts[:1], str(tmp_path / "boxes.json"), unreadable)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,8 @@ def test_foreign_folder_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(D2SSLError, match="not written by this program"):
         write_balloons(str(tmp_path), 1, 1, SIZE)
+    with pytest.raises(D2SSLError, match="mine.txt: exists and is no folder"):
+        write_balloons(str(tmp_path / "mine.txt"), 1, 1, SIZE)
     assert content(tmp_path).keys() == {"mine.txt"}
 
 

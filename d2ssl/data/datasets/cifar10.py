@@ -75,16 +75,11 @@ def _unpacked(paths: list[str], split: str) -> str:
     batches = [_batch(path, content) for path, content in zip(paths[1:], contents[1:])]
     numbered = enumerate(pair for pictures, labels in batches for pair in zip(pictures, labels))
     rows = [(f"{CLASSES[label]}/{i:05d}.png", picture) for i, (picture, label) in numbered]
-    try:
-        with atomic_folder(target) as folder:
-            for each in CLASSES:
-                os.mkdir(os.path.join(folder, each))
-            for _ in map_photos(partial(_write, folder), rows, f"CIFAR-10 {split}", num_workers=0):
-                pass
-    except OSError as error:
-        raise D2SSLError(
-            f"{target}: cannot be written ({error.strerror}); set D2SSL_CACHE to a folder with room"
-        ) from error
+    with atomic_folder(target, "set D2SSL_CACHE to a folder with room") as folder:
+        for each in CLASSES:
+            os.mkdir(os.path.join(folder, each))
+        for _ in map_photos(partial(_write, folder), rows, f"CIFAR-10 {split}", num_workers=0):
+            pass
     return target
 
 

@@ -58,10 +58,11 @@ def _load(
     name: str, root: str, file: str, image_root: str, classes: Sequence[str] | None
 ) -> list[dict]:
     require_folder(root, "check the path")
-    names = _check(file, image_root)
+    names, photos = _check(file, image_root)
     kept = _kept(names, classes, file)
     dicts = load_coco_json(file, image_root)
     for record in dicts:
+        record["file_name"] = photos[record["image_id"]]
         try:
             _check_photo(record)
         except D2SSLError as error:
@@ -105,9 +106,9 @@ def _kept(names: dict[int, str], classes: Sequence[str] | None, file: str) -> di
     return {ids[wanted]: place for place, wanted in enumerate(classes)}
 
 
-def _check(file: str, image_root: str) -> dict[int, str]:
+def _check(file: str, image_root: str) -> tuple[dict[int, str], dict[int, str]]:
     """
-    The categories' names by their ids.
+    The categories' names and the photos' paths, each by their ids.
 
     Raises:
         D2SSLError: see the head of this module.
@@ -125,14 +126,14 @@ def _check(file: str, image_root: str) -> dict[int, str]:
         size = image["height"], image["width"]
         if not all(type(side) is int and side > 0 for side in size):
             raise D2SSLError(f"{file}: image {image_id} has no proper height and width {size}")
-    locate(image_root, [str(image["file_name"]) for image in images.values()], file)
+    photos = locate(image_root, [str(image["file_name"]) for image in images.values()], file)
     with_masks = any(a.get("segmentation") is not None for a in annotations.values())
     for annotation_id, annotation in annotations.items():
         try:
             _check_annotation(annotation, images, categories, with_masks)
         except D2SSLError as error:
             raise D2SSLError(f"{file}: annotation {annotation_id} {error}") from None
-    return names
+    return names, dict(zip(images, photos))
 
 
 def _by_id(content: Any, kind: str, keys: Sequence[str], file: str) -> dict[int, dict]:

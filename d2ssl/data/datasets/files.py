@@ -95,6 +95,8 @@ def locate(root: str, names: Iterable[str], source: str, what: str = "photo") ->
     """
     Paths of the files that an annotation file names, in their order.
 
+    Windows' backslashes stand between folders where there is no file of the name as given.
+
     Args:
         root: folder that the names start from.
         source: the file that names them, for the message.
@@ -105,6 +107,8 @@ def locate(root: str, names: Iterable[str], source: str, what: str = "photo") ->
     """
     files = []
     for name in names:
+        if "\\" in name and not os.path.isfile(os.path.join(root, name)):
+            name = name.replace("\\", "/")
         normal = os.path.normpath(name)
         if os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir:
             raise D2SSLError(

@@ -20,7 +20,8 @@ def register_image_folder(
 
     Args:
         name: of the set.
-        root: the folder; its sub-folders count too, hidden ones and hidden files do not.
+        root: the folder; its sub-folders count too, linked ones as well (each once); hidden ones
+            and hidden files do not.
         how: what to do if there is no such folder, for the message.
         metadata: of the set.
     """
@@ -35,9 +36,14 @@ def list_photos(folder: str, how: str = "check the path") -> list[dict]:
         D2SSLError: there is no such folder, or no photo in it.
     """
     require_folder(folder, how)
-    files = []
-    for parent, children, names in os.walk(folder):
-        children[:] = [child for child in children if not child.startswith(".")]
+    files, seen = [], set()
+    for parent, children, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # links may lead in a circle
+            children.clear()
+            continue
+        seen.add(real)
+        children[:] = sorted(child for child in children if not child.startswith("."))
         photos = (n for n in names if n.lower().endswith(SUFFIXES) and not n.startswith("."))
         files += [os.path.join(parent, photo) for photo in photos]
     if not files:

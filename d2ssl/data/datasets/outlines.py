@@ -22,6 +22,8 @@ from d2ssl.errors import D2SSLError
 _SLIP_PIXELS = 5
 _SLIP_PART = 0.01
 
+_BLOCK = 64  # edges that are compared with all others at a time, which bounds the memory
+
 
 def as_points(points: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
     """
@@ -172,13 +174,22 @@ def clip(points: np.ndarray, height: int, width: int, may_leave: bool = False) -
 def crosses_itself(points: np.ndarray) -> bool:
     """Whether two edges cut each other in their interiors (touching does not count)."""
     start, end = points, np.roll(points, -1, axis=0)
+    for first in range(0, len(points), _BLOCK):
+        block, rest = np.s_[first : first + _BLOCK, None], np.s_[first:]
+        a, b, c, d = start[block], end[block], start[rest], end[rest]
+        if (_apart(a, b, c, d) & _apart(c, d, a, b)).any():
+            return True
+    return False
 
-    def side(p: np.ndarray) -> np.ndarray:  # NxN, on which side of edge i the point p[j] is
-        edge, to = (end - start)[:, None], p[None] - start[:, None]
-        return np.sign(edge[..., 0] * to[..., 1] - edge[..., 1] * to[..., 0])
 
-    apart = side(start) * side(end) < 0  # edge j's ends lie on both sides of edge i
-    return bool((apart & apart.T).any())
+def _apart(start: np.ndarray, end: np.ndarray, p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Whether the points p and q lie on both sides of the line through start and end."""
+    edge = end - start
+    to_p, to_q = (
+        np.sign(edge[..., 0] * to[..., 1] - edge[..., 1] * to[..., 0])
+        for to in (p - start, q - start)
+    )
+    return to_p * to_q < 0
 
 
 def _encloses_nothing(points: np.ndarray) -> bool:

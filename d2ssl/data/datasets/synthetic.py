@@ -46,7 +46,8 @@ def write_balloons(
         seed: decides all that is drawn.
 
     Raises:
-        D2SSLError: the folder holds something else, or an argument is out of range.
+        D2SSLError: the folder holds something else or cannot be written, or an argument is out of
+            range.
     """
     if min(num_train, num_val) < 1:
         raise D2SSLError(f"{num_train} train and {num_val} val photos: give at least 1 each")
@@ -61,7 +62,7 @@ def write_balloons(
         "size": list(size),
         "seed": seed,
     }
-    if os.path.exists(root) and os.listdir(root) and _read_stamp(root) == stamp:
+    if os.path.isdir(root) and os.listdir(root) and _read_stamp(root) == stamp:
         return
     with atomic_folder(root) as folder, tqdm(total=num_train + num_val, unit="photo") as bar:
         for split, (name, count) in enumerate((("train", num_train), ("val", num_val))):
