@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -313,6 +314,15 @@ def test_this_installation_is_fine():
     findings = installation.check_installation()
     assert not failed(findings), text(findings)
     assert {"torch", "torchvision", "cv2", "detectron2", "Mask R-CNN"} <= {f.name for f in findings}
+
+
+def test_every_package_that_is_needed_is_looked_at():
+    text = (REPO / "setup.py").read_text()
+    needed = re.findall(r'^        "([\w-]+)>=', text, re.M)
+    assert "scipy" in needed and len(needed) > 15
+    known = {name for _, name in installation.PACKAGES}
+    known |= {"torch", "torchvision", "opencv-python-headless"}
+    assert set(needed) == known
 
 
 def test_torchvision_that_does_not_fit_names_the_one_that_does(monkeypatch):

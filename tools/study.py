@@ -74,6 +74,8 @@ def parse_args(argv=None):
     args = parser.parse_intermixed_args(argv)
     if args.jobs < 0:
         parser.error(f"--jobs {args.jobs}: give 1 or more")
+    if args.slurm and args.cluster != "slurm":
+        parser.error("--slurm needs --cluster slurm")
     for word in args.slurm:
         if "=" not in word:
             parser.error(f"--slurm {word}: write KEY=VALUE")

@@ -18,7 +18,7 @@ from d2ssl import compat
 from d2ssl.doctor import FAIL, NOTE, OK, WARN, Finding, one_thread
 from d2ssl.errors import D2SSLError
 
-MIN_PYTHON = (3, 9)
+MIN_PYTHON = (3, 10)
 # Module and distribution. lightly is not imported as a whole: that takes seconds.
 PACKAGES = (
     ("numpy", "numpy"),
@@ -26,6 +26,16 @@ PACKAGES = (
     ("fvcore", "fvcore"),
     ("lightly.utils.lars", "lightly"),
     ("pycocotools._mask", "pycocotools"),
+    ("scipy", "scipy"),
+    ("skimage", "scikit-image"),
+    ("shapely", "shapely"),
+    ("imagehash", "ImageHash"),
+    ("ijson", "ijson"),
+    ("submitit", "submitit"),
+    ("matplotlib", "matplotlib"),
+    ("tensorboard", "tensorboard"),
+    ("tqdm", "tqdm"),
+    ("tabulate", "tabulate"),
 )
 OPENCV = (
     "opencv-python",

@@ -151,7 +151,7 @@ def labels_worth(
 
 
 def seeds_needed(
-    estimate: Estimate, effect: float, power: float = 0.8, most: int = 1000
+    estimate: Estimate, effect: float, power: float = 0.8, most: int = 100_000
 ) -> Optional[int]:
     """How many units (subsets, or seeds of one subset) it takes to see a difference.
 

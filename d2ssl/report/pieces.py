@@ -73,8 +73,8 @@ def write_page(path: str, title: str, sections: Iterable[str]) -> None:
         + "\n".join(filter(None, sections))
         + "\n</body>\n</html>\n"
     )
-    with atomic_open(path, "w") as file:
-        file.write(page)
+    with atomic_open(path, "wb") as file:
+        file.write(page.encode(errors="replace"))  # a file name need not be text
 
 
 def count(number: int, noun: str) -> str:

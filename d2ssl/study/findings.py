@@ -57,9 +57,10 @@ class Results:
         """(subset, seed) -> result."""
         return self.done.get((arm, budget), {})
 
-    def ap(self, arm: str, budget: int, what: str) -> Optional[Estimate]:
-        """Mean AP of an arm; None without a finished run."""
-        return self._estimate([(arm, 1)], budget, what)
+    def ap(self, arm: str, budget: int, what: str, beside: str = "") -> Optional[Estimate]:
+        """Mean AP of an arm, over the repeats that ``beside`` has finished too, where it is given;
+        None without one."""
+        return self._estimate([(arm, 1), (beside or arm, 0)], budget, what)
 
     def difference(self, arm: str, other: str, budget: int, what: str) -> Optional[Estimate]:
         """AP of an arm minus that of another, over the repeats that both have finished."""
@@ -112,8 +113,24 @@ def findings(study: Study, results: Results, pretraining: Mapping[str, float]) -
         "sweeps": [{"arm": a, "budget": b, "points": _sweep(results, a, b)} for a, b in known],
         "photos": _changed_photos(study, results),
         "failed": list(results.failed.values()),
-        "answer": [sentence(study, d) for d in differences if d["verdict"]],
+        "answer": [sentence(study, d) for d in differences if d["verdict"]]
+                  + _all_failed(study, results),
     }  # fmt: skip
+
+
+def _all_failed(study: Study, results: Results) -> List[str]:
+    """A sentence for each arm with unlabelled photos and each budget of which no run came to an
+    end, and one or more failed."""
+    found = []
+    for name, arm in study.arms.items():
+        for budget in study.budgets:
+            failed = [r for key, r in results.failed.items() if key[:2] == (name, budget)]
+            if arm.uses_unlabeled and failed and not results.runs(name, budget):
+                found.append(
+                    f"{name} with {budget} labels: {UNKNOWN}. {count(len(failed), 'run')} of its "
+                    f"own failed and none is finished: {failed[0]['failed']}"
+                )
+    return found
 
 
 def _others(study: Study, arm: str) -> List[str]:
@@ -176,7 +193,8 @@ def _difference(
         return {**found, "verdict": UNKNOWN, "blank": True}
     name = study.control(study.arms[arm])
     control = results.difference(arm, name, budget, "segm") if name else None
-    needed = seeds_needed(both["segm"], study.effect)
+    needed = [seeds_needed(e, study.effect) for e in (both["segm"], control) if e]
+    needed = None if None in needed else max(needed)
     return {
         **found,
         "control": name
@@ -209,8 +227,9 @@ def _worth(study: Study, results: Results, arm: str, other: str, budget: int) ->
     budgets = [b for b in study.budgets if results.runs(other, b)]
     if len(budgets) < 2:
         return None
-    own = results.ap(arm, budget, "segm")
-    curve = [results.ap(other, b, "segm") for b in budgets]
+    # Of the same repeats, as the difference is.
+    own = results.ap(arm, budget, "segm", beside=other)
+    curve = [results.ap(other, b, "segm", beside=arm if b == budget else "") for b in budgets]
     values = list(labels_worth(np.array([own.mean]), budgets, [[e.mean] for e in curve]))
     if all(e.units > 1 for e in [own, *curve]):
         values += interval(labels_worth(own.draws, budgets, [e.draws for e in curve]))
@@ -303,7 +322,8 @@ def sentence(study: Study, difference: dict) -> str:
         f"{count(failed, 'run')} of its own failed" if failed else "",
         "one repeat, so no interval" if d["segm"]["interval"] is None else "",
     ]
-    return "; ".join(filter(None, parts)) + f". {describe_power(study, d)}"
+    power = describe_power(study, d) if d["verdict"] == UNKNOWN else ""
+    return f"{'; '.join(filter(None, parts))}. {power}".strip()
 
 
 def signed(value: float) -> str:

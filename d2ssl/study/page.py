@@ -17,6 +17,7 @@ from d2ssl.data.datasets.catalog import decoded, listed
 from d2ssl.data.photos import read_photo
 from d2ssl.evaluation.compare import versions
 from d2ssl.evaluation.matches import TASKS
+from d2ssl.evaluation.statistics import UNKNOWN
 from d2ssl.report import pieces
 from d2ssl.report.pictures import draw_objects, predictions_file, read_predictions
 from d2ssl.study import plots
@@ -78,10 +79,11 @@ def _final(arm: str) -> str:
 
 def describe(study: Study, outcomes, seconds, command: str) -> dict:
     """What was asked and where it ran."""
-    devices = {result["device"]: None for result in outcomes.values() if result}
+    results = [result for result in outcomes.values() if result]
+    devices = {result["device"]: None for result in results}
     return {
         "command": command,
-        "versions": versions(),
+        "versions": _distinct([r["versions"] for r in results if "versions" in r]) or [versions()],
         "device": "; ".join(filter(None, devices)),
         "baseline": study.baseline,
         "train": study.train,
@@ -109,6 +111,10 @@ def describe(study: Study, outcomes, seconds, command: str) -> dict:
             result for task, result in outcomes.items() if result and not isinstance(task, Run)
         ],
     }
+
+
+def _distinct(rows: List[dict]) -> List[dict]:
+    return [row for i, row in enumerate(rows) if row not in rows[:i]]
 
 
 def _plain(value):
@@ -149,7 +155,11 @@ def _csv(runs: Sequence[dict]) -> str:
 def _sections(study: Study, results: Results, found: dict, about: dict, runs) -> List[str]:
     arms = list(study.arms)
     if not found["cells"]:
-        return [pieces.heading("Does it pay?"), pieces.line("Not one run is finished yet.")]
+        return [
+            pieces.heading("Does it pay?"),
+            pieces.line("Not one run is finished yet."),
+            _failures(found),
+        ]
     return [
         pieces.heading("Does it pay?"),
         _answer(study, found, about),
@@ -198,7 +208,7 @@ def _facts(study: Study, results: Results, about: dict) -> str:
             ("Repeats", f"{pieces.count(len(study.subsets), 'subset')} of the labels, "
                         f"{pieces.count(study.seeds, 'seed')} each"),
             ("Device", about["device"]),
-            ("Versions", ", ".join(f"{k} {v}" for k, v in about["versions"].items())),
+            ("Versions", _versions(about)),
         ]
     )  # fmt: skip
 
@@ -242,7 +252,7 @@ def _difference_table(found: dict) -> str:
 
 def _more(difference: dict) -> str:
     units, more = difference["segm"]["units"], difference["more"]
-    if difference["blank"]:
+    if difference["blank"] or difference["verdict"] != UNKNOWN:
         return str(units)
     if units == 1:
         return "1, too few"
@@ -299,7 +309,7 @@ def _convergence(found: dict, arms: Sequence[str]) -> str:
     steps = {f"{c['arm']} with {c['budget']} labels": c["points"][-1][1] - c["points"][-2][1]
              for c in measured}  # fmt: skip
     rising = [f"{name} ({signed(step)})" for name, step in steps.items() if step > 1]
-    unknown = {c["budget"] for c in found["curves"]} - {c["budget"] for c in measured}
+    unknown = {c["budget"] for c in found["curves"] if not c["points"]}
     lines = [
         f"On average still rising by more than 1 AP at the last step: {', '.join(rising)}. A "
         "longer schedule may change the answer."
@@ -415,5 +425,10 @@ def _again(about: dict) -> str:
         f"{arm['timing']['finetuning']:.3f} s of fine-tuning"
         for name, arm in about["arms"].items()
     )
-    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
-    return f"{about['command']}\n{versions}; {about['device']}\n\n{timing}"
+    return f"{about['command']}\n{_versions(about)}; {about['device']}\n\n{timing}"
+
+
+def _versions(about: dict) -> str:
+    """Those that the runs were made with; more than one line of them is worth a look."""
+    lines = (", ".join(f"{k} {v}" for k, v in row.items()) for row in about["versions"])
+    return "; ".join(lines)

@@ -17,7 +17,6 @@
 """
 
 import difflib
-import functools
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ from d2ssl.config import changed, get_cfg, leaves, load_cfg, pretrained_path
 from d2ssl.data.build import check_classes, count_photos, register_datasets, unlabeled_photos
 from d2ssl.data.datasets import ensure_registered
 from d2ssl.engine.auto import resolve_auto
+from d2ssl.engine.inputs import contents, weights_in
 from d2ssl.errors import D2SSLError
 
 FIRST = "first"
@@ -91,7 +91,7 @@ class Arm:
 
     def kind(self, pretraining: bool) -> str:
         """Equal for arms whose iterations, of pretraining or of fine-tuning, take the same time."""
-        skip = ("DATASETS.", "MODEL.WEIGHTS", "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.BASE_LR")
+        skip = ("DATASETS", "MODEL.WEIGHTS", "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.BASE_LR")
         skip += tuple(f"SSL.{key}" for key in skip)
         skip += FINETUNE_ONLY if pretraining else ()
         values = changed(self.cfg)
@@ -99,7 +99,8 @@ class Arm:
             values = _recipe(
                 values
             )  # self-training changes what is read, and labels apart from that
-        return _key({k: v for k, v in values.items() if not k.startswith(skip)})
+        values = {k: v for k, v in values.items() if not k.startswith(skip)}
+        return _key({**values, "device": self.cfg.MODEL.DEVICE})
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,9 @@ class Study:
     """What a study's yaml asks for, checked.
 
     total: photos of ``train``.
+    labelled: of ``train`` and of the test set, what they hold, see
+        :func:`~d2ssl.engine.inputs.contents`.
+    unlabelled: of the sets in the arms' SSL.DATASETS, likewise, without labels.
     """
 
     arms: Dict[str, Arm]
@@ -121,6 +125,8 @@ class Study:
     effect: float
     least: float
     output: str
+    labelled: Mapping[str, str]
+    unlabelled: Mapping[str, str]
 
     @property
     def test(self) -> str:
@@ -261,19 +267,20 @@ def read_study(
             than the set, or whatever a config can have wrong.
     """
     asked = _read(file)
-    common = dict(asked["COMMON"])
+    common = {}
     if len(opts) % 2:
         raise D2SSLError(
             f'{" ".join(opts)}: overrides are pairs, KEY VALUE; quote a list, BUDGETS "[8, 16]"'
         )
     for key, value in zip(opts[::2], opts[1::2]):
         if key in asked:
-            asked[key] = yaml.safe_load(value)
+            asked[key] = _value(key, value)
         elif "." in key or key in leaves(get_cfg()):
             common[key] = value
         else:
             raise D2SSLError(_unknown(key, DEFAULTS, "overrides"))
     _check_types(file, asked)
+    common = {**asked["COMMON"], **common}
     base = os.path.join(os.path.dirname(file), asked["CONFIG"])
     if not os.path.isfile(base):
         raise D2SSLError(
@@ -283,10 +290,6 @@ def read_study(
     for name in asked["ARMS"]:
         overlay = _inherited(file, asked["ARMS"], name)
         matched = overlay.pop("COMPUTE_MATCHED", "")
-        if not re.fullmatch(r"[\w.+-]+", name):
-            raise D2SSLError(
-                f"{file}: arm {name}: names are folders, too; use letters, digits and _ . + -"
-            )
         keys = {**common, **overlay}
         try:
             cfg = _arm_cfg(base, keys, register)
@@ -302,6 +305,8 @@ def read_study(
             cfg.MODEL.DEVICE = keys.get("MODEL.DEVICE", "cuda")
             cfg.freeze()
         arms[name] = Arm(name, cfg, matched)
+    tests = [arm.cfg.DATASETS.TEST for arm in arms.values()]
+    used = [arm.cfg.SSL.DATASETS for arm in arms.values() if arm.uses_unlabeled]
     study = Study(
         arms=arms,
         baseline=asked["BASELINE"],
@@ -315,6 +320,8 @@ def read_study(
         effect=float(asked["EFFECT"]),
         least=float(asked["LEAST"]),
         output=output or os.path.join("output", "study", _stem(file)),
+        labelled=contents(dict.fromkeys([asked["TRAIN"], *sum(tests, ())])),
+        unlabelled=contents(dict.fromkeys(sum(used, ())), labels=False),
     )
     _check(file, study)
     return study
@@ -327,10 +334,21 @@ def _read(file: str) -> dict:
         content = CfgNode.load_yaml_with_base(file, allow_unsafe=False)
     except (yaml.YAMLError, OSError, ValueError, AssertionError) as error:
         raise D2SSLError(f"{file}: {' '.join(str(error).split())}") from error
+    except TypeError:  # Detectron2 looks for _BASE_ in whatever there is
+        content = None
+    if not isinstance(content, dict):
+        raise D2SSLError(f"{file}: is no study; write KEY: VALUE pairs, see configs/study")
     for key in content:
         if key not in DEFAULTS:
-            raise D2SSLError(_unknown(key, DEFAULTS, file))
+            raise D2SSLError(_unknown(str(key), DEFAULTS, file))
     return {**DEFAULTS, **content}
+
+
+def _value(key: str, text: str):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise D2SSLError(f"{key} {text}: {' '.join(str(error).split())}") from error
 
 
 def _check_types(file: str, asked: Mapping) -> None:
@@ -338,6 +356,24 @@ def _check_types(file: str, asked: Mapping) -> None:
         kinds, words = TYPES["SUBSETS"] if key == "SUBSETS" else TYPES[type(default)]
         if not isinstance(asked[key], kinds) or isinstance(asked[key], bool):
             raise D2SSLError(f"{file}: {key} {asked[key]}: give {words}")
+    for name, overlay in asked["ARMS"].items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
+            raise D2SSLError(
+                f"{file}: arm {name}: names are folders, too; use letters, digits and _ . + -, and "
+                "quote what yaml takes for a number, yes or no"
+            )
+        overlay = {} if overlay is None else overlay
+        named = isinstance(overlay, dict) and all(
+            isinstance(overlay.get(key, ""), str) for key in ("FROM", "COMPUTE_MATCHED")
+        )
+        if not named:
+            raise D2SSLError(
+                f"{file}: arm {name}: give KEY: VALUE pairs; FROM and COMPUTE_MATCHED name one arm"
+            )
+    for key, kinds in (("BUDGETS", int), ("SUBSETS", (int, str))):
+        values = asked[key] if isinstance(asked[key], list) else []
+        if any(not isinstance(value, kinds) for value in values):
+            raise D2SSLError(f"{file}: {key} {values}: give a list of whole numbers")
 
 
 def _stem(file: str) -> str:
@@ -420,6 +456,16 @@ def _check(file: str, study: Study) -> None:
             "SSL.ENABLED False, and no SSL.SELF_TRAINING",
         )
         require(
+            not arm.matched or _same_but_for_length(study, arm, other),
+            f"arm {arm.name}: spends the time of {arm.matched}, so but for its length it must be "
+            f"what that one is compared with; write FROM: {other and study.without(other)} and no "
+            "other key",
+        )
+        require(
+            arm.cfg.MODEL.MASK_ON,
+            f"arm {arm.name}: MODEL.MASK_ON is False, and a study compares masks; leave it True",
+        )
+        require(
             len(arm.cfg.DATASETS.TEST) == 1 and arm.cfg.DATASETS.TEST[0] == study.test,
             f"arm {arm.name}: DATASETS.TEST must be one set, the same in all arms",
         )
@@ -449,6 +495,12 @@ def _check(file: str, study: Study) -> None:
             not arm.uses_unlabeled or study.test not in arm.cfg.SSL.DATASETS,
             f"arm {arm.name}: SSL.DATASETS has the test photos, {study.test}; leave them out",
         )
+
+
+def _same_but_for_length(study: Study, arm: Arm, other: Arm) -> bool:
+    """Whether an arm is a control: of the time that another takes, and nothing else."""
+    twin = study.arms[study.without(other)]
+    return _recipe(changed(arm.cfg)) == _recipe(changed(twin.cfg))
 
 
 def recipe_differences(study: Study) -> Dict[str, Dict[str, Tuple]]:
@@ -505,7 +557,8 @@ def _pretraining(study: Study, arm: Arm, seed: int) -> Pretraining:
     cfg = arm.cfg.clone()
     cfg.defrost()
     cfg.SEED = seed
-    key = _key({k: v for k, v in changed(cfg).items() if not k.startswith(FINETUNE_ONLY)})
+    values = {k: v for k, v in changed(cfg).items() if not k.startswith(FINETUNE_ONLY)}
+    key = _key({**values, "photos": [study.unlabelled[name] for name in cfg.SSL.DATASETS]})
     cfg.OUTPUT_DIR = os.path.join(study.output, "pretraining", arm.name, f"seed{seed}")
     # Of these only class names and sizes enter the hand-off, which all budgets share.
     cfg.DATASETS.TRAIN = (study.train,)
@@ -522,7 +575,11 @@ def _run(study, arm: Arm, budget, subset, seed, iterations, needs) -> Run:
     dev = cfg.SSL.FINETUNE.DEV_DATASET
     cfg.TEST.EVAL_PERIOD = -(-iterations // study.curve_points) if dev else 0
     cfg.SSL.ENABLED = False  # that is the other task
-    key = _key({**_of_finetuning(changed(cfg)), "pretraining": needs.key if needs else ""})
+    photos = [study.labelled[study.train], study.labelled[study.test]]
+    if cfg.SSL.SELF_TRAINING.ENABLED:
+        photos += [study.unlabelled[name] for name in cfg.SSL.DATASETS]
+    before = {"pretraining": needs.key if needs else "", "photos": photos}
+    key = _key({**_of_finetuning(changed(cfg)), **before})
     if needs:
         cfg.MODEL.WEIGHTS = needs.weights
     place = (arm.name, f"{budget}", f"subset{subset}-seed{seed}")
@@ -570,14 +627,7 @@ def with_length(cfg: CfgNode, iterations: int) -> CfgNode:
 
 def _key(values: Mapping[str, object]) -> str:
     values = {k: v for k, v in values.items() if k not in INCIDENTAL}
-    weights = str(values.get("MODEL.WEIGHTS", ""))
-    if os.path.isfile(weights):  # what is in it counts, not where it lies
-        values["MODEL.WEIGHTS"] = _digest(weights, os.stat(weights).st_mtime_ns)
+    if "MODEL.WEIGHTS" in values:  # what is in it counts, not where it lies
+        values["MODEL.WEIGHTS"] = weights_in(values["MODEL.WEIGHTS"])
     text = json.dumps(values, sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@functools.lru_cache
-def _digest(path: str, modified: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()

@@ -111,8 +111,14 @@ def plot_panels(
             _tidy(axes)
         panels[0].set_ylabel(ylabel)
         panels[0].set_ylim(0, None)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncol=3, frameon=False)
+        legends = [axes.get_legend_handles_labels() for axes in panels]
+        shown = {
+            label: handle for handles, labels in legends for handle, label in zip(handles, labels)
+        }
+        shown = {arm: shown[arm] for arm in arms if arm in shown}
+        figure.legend(
+            shown.values(), shown.keys(), loc="outside lower center", ncol=3, frameon=False
+        )
         return _file(figure)
 
 

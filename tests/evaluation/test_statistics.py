@@ -140,6 +140,7 @@ def test_seeds_needed_is_the_textbook_sample_size():
 def test_seeds_needed_when_the_photos_leave_too_much_doubt():
     assert seeds_needed(estimate([0, 1], run_sd=0.1, photo_se=2.0), 3.0) is None
     assert seeds_needed(estimate([0, 1], run_sd=0.1, photo_se=0.5), 3.0) is not None
+    assert seeds_needed(estimate([0, 1], run_sd=6.0), 0.5) > 1000  # many, but a number
     assert seeds_needed(estimate([0, 1], run_sd=None), 3.0) is None
 
 

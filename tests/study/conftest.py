@@ -23,7 +23,7 @@ def die():
 
 
 @pytest.fixture
-def write_study(tiny_cfg, tmp_path):
+def write_yaml(tiny_cfg, tmp_path):
     """Callable: keys of the study -> path of a yaml; arms scratch, soco and longer by default."""
     own = ("DATASETS.TRAIN", "TEST.EVAL_PERIOD")  # the study sets these itself
     common = {k: v for k, v in zip(TINY[::2], TINY[1::2]) if k not in own}
@@ -53,12 +53,12 @@ def write_study(tiny_cfg, tmp_path):
 
 
 @pytest.fixture
-def study(demo_root, tmp_path, write_study):
+def study(demo_root, tmp_path, write_yaml):
     """Callable: arguments -> finished process of tools/study.py on two budgets and one subset."""
     (tmp_path / "evil.py").write_text(EVIL)
     env = {**os.environ, "DETECTRON2_DATASETS": str(demo_root), "PYTHONPATH": str(REPO),
            "D2SSL_CACHE": str(demo_root / "cache")}  # fmt: skip
-    file = write_study(BUDGETS=[3, 6], SUBSETS=1, COMMON={"SSL.REGISTER": ["evil:die"]})
+    file = write_yaml(BUDGETS=[3, 6], SUBSETS=1, COMMON={"SSL.REGISTER": ["evil:die"]})
     command = [sys.executable, str(REPO / "tools/study.py"), "--config-file", file, "--jobs", "2"]
 
     def run(*args, start=subprocess.run, **more):

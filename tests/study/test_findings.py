@@ -1,73 +1,35 @@
-"""Made-up results with known answers: on each of 16 photos is one object, found or not."""
+"""What a study says of made-up results with known answers."""
 
 import json
 
 import numpy as np
 import pytest
 
-from d2ssl.evaluation.matches import IOUS, TASKS, Matches
 from d2ssl.evaluation.statistics import NOT, PAYS, UNKNOWN
 from d2ssl.study.findings import Results, findings
 from d2ssl.study.plan import Run, plan, read_study
-
-PHOTOS = 16
-
-
-def made_up(found, score=0.8):
-    """Matches of a model that finds the objects on some photos, and elsewhere nothing."""
-    found = sorted(found)
-    count = len(found)
-    return Matches(
-        list(range(PHOTOS)),
-        np.ones((1, PHOTOS), int),
-        np.zeros(count, int),
-        np.array(found, int),
-        np.full(count, score),
-        np.ones((count, len(IOUS)), bool),
-        np.zeros((count, len(IOUS)), bool),
-    )
-
-
-def ap_of(count):
-    """All that is found is right: precision 1 up to a recall of count / PHOTOS."""
-    return 100 * (100 * count // PHOTOS + 1) / 101
+from tests.study.made_up import ap_of, result_of
 
 
 @pytest.fixture
-def make(write_study, tmp_path):
+def make(write_yaml, tmp_path):
     """Callable: {(arm, budget): [photos found in each repeat, or why it failed]} -> findings."""
 
     def make(table, **keys):
         keys = {"SUBSETS": 3, "BUDGETS": [3, 6], "DEV": 0, **keys}
-        study = read_study(write_study(**keys), output=str(tmp_path / "out"))
+        study = read_study(write_yaml(**keys), output=str(tmp_path / "out"))
         runs = [t for t in plan(study, {"longer": 8}) if isinstance(t, Run)]
         counted, results = {}, Results(study)
         for run in runs:
             outcomes = table.get((run.arm, run.budget), [])
             i = counted[run.arm, run.budget] = counted.get((run.arm, run.budget), -1) + 1
             if i < len(outcomes):
-                results.add(_result(run, outcomes[i]))
+                results.add(result_of(run, outcomes[i]))
         found = findings(study, results, {"soco": 30.0})
         json.dumps(found, allow_nan=False)
         return found
 
     return make
-
-
-def _result(run, outcome):
-    identity = {"arm": run.arm, "budget": run.budget, "subset": run.subset, "seed": run.seed}
-    if isinstance(outcome, str):
-        return {**identity, "failed": outcome}
-    matches = made_up(range(outcome) if isinstance(outcome, int) else outcome)
-    return {
-        **identity,
-        "failed": None,
-        "iterations": 4,
-        "seconds": 60.0,
-        "ap": {what: ap_of(len(matches.score)) for what in TASKS},
-        "curve": [[2, 1.0 + run.seed, 2.0], [4, 5.0 + run.seed, 6.0]],
-        "matches": {what: matches.to_json() for what in TASKS},
-    }
 
 
 def of(rows, arm, budget, against="scratch"):
@@ -103,6 +65,7 @@ def test_a_clear_gain_pays_and_is_worth_the_labels_that_the_baseline_needs(make)
     assert difference["worth"]["labels"][0] == pytest.approx(6)  # where the baseline has that AP
     sentence = found["answer"][0]
     assert sentence.startswith("soco with 3 labels: pays. +49.5 [")
+    assert "would" not in sentence  # no more repeats are needed
     assert "its 3 labels do what 6 [" in sentence
 
 
@@ -200,6 +163,28 @@ def test_a_failed_run_is_listed_and_its_pair_left_out(make):
     assert "; 1 run of its own failed." in lost["answer"][0]
     pairs = [ap_of(12) - ap_of(4), ap_of(13) - ap_of(5)]
     assert of(found["differences"], "soco", 3)["segm"]["mean"] == pytest.approx(np.mean(pairs))
+
+
+def test_labels_are_worth_what_the_same_repeats_say(make):
+    """It finds less in each pair; that the best of them is missing on one side is no gain."""
+    found = make({**CLEAR, ("scratch", 3): [10, 4, 10], ("soco", 3): [9, "diverged", 9]})
+    difference = of(found["differences"], "soco", 3)
+    assert difference["segm"]["mean"] < 0 and difference["worth"]["labels"][0] == 0
+
+
+def test_an_arm_that_only_failed_is_in_the_answer(make):
+    found = make({**CLEAR, ("soco", 3): ["the loss became infinite"] * 2})
+    assert found["answer"][-1] == (
+        "soco with 3 labels: cannot tell yet. 2 runs of its own failed and none is finished: the "
+        "loss became infinite"
+    )
+
+
+def test_repeats_are_asked_for_by_whichever_scatters_more(make):
+    table = {("scratch", 3): [4, 4, 5], ("soco", 3): [5, 5, 6], ("longer", 3): [1, 8, 4]}
+    difference = of(make(table, EFFECT=30.0)["differences"], "soco", 3)
+    assert difference["segm"]["run_sd"] < 1 and difference["control"]["run_sd"] > 10
+    assert difference["verdict"] == UNKNOWN and difference["more"] > 1
 
 
 def test_the_photos_that_changed_most(make):

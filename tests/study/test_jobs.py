@@ -60,7 +60,8 @@ def test_each_process_gets_its_own_of_the_gpus_that_there_are(tmp_path, monkeypa
     [
         (["--config-file", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["SEEDZ", "3"], "key SEEDZ does not exist; the nearest is SEEDS"),
-        (["--slurm", "partition"], "--slurm partition: write KEY=VALUE"),
+        (["--slurm", "partition=gpu"], "--slurm needs --cluster slurm"),
+        (["--cluster", "slurm", "--slurm", "partition"], "--slurm partition: write KEY=VALUE"),
         (["--report-only"], "scratch was not begun yet; leave --report-only out"),
         (["--cluster", "slurm", "--jobs", "0"], "--cluster slurm needs --jobs"),
     ],

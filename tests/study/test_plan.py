@@ -1,9 +1,14 @@
 """What a study's yaml becomes: arms, budgets, subsets, seeds."""
 
+import copy
+import os
+
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2ssl.config import load_cfg
 from d2ssl.data.build import load_dicts
+from d2ssl.data.datasets import register_dataset
 from d2ssl.errors import D2SSLError
 from d2ssl.study.plan import (
     Pretraining,
@@ -19,8 +24,8 @@ MATCHED = {"longer": 9}
 
 
 @pytest.fixture
-def study(write_study, tmp_path):
-    return read_study(write_study(), output=str(tmp_path / "out"))
+def study(write_yaml, tmp_path):
+    return read_study(write_yaml(), output=str(tmp_path / "out"))
 
 
 def runs_of(tasks):
@@ -80,14 +85,14 @@ def test_a_pretraining_is_shared_by_budgets_and_comes_before_them(study):
             assert run.cfg.MODEL.WEIGHTS == run.needs.weights and not run.cfg.SSL.ENABLED
 
 
-def test_arms_that_differ_in_fine_tuning_alone_share_a_pretraining(write_study, tmp_path):
+def test_arms_that_differ_in_fine_tuning_alone_share_a_pretraining(write_yaml, tmp_path):
     arms = {
         "scratch": {"SSL.ENABLED": False},
         "soco": {},
         "soco-slow": {"FROM": "soco", "SSL.FINETUNE.LR_FACTOR.RES2": 0.1},
         "soco-long": {"FROM": "soco", "SSL.SOLVER.MAX_ITER": 40},
     }
-    study = read_study(write_study(ARMS=arms, SUBSETS=1), output=str(tmp_path / "out"))
+    study = read_study(write_yaml(ARMS=arms, SUBSETS=1), output=str(tmp_path / "out"))
     tasks = plan(study, {})
     assert [t.arm for t in tasks if isinstance(t, Pretraining)] == ["soco", "soco-long"]
     needs = {run.arm: run.needs for run in runs_of(tasks)}
@@ -99,9 +104,9 @@ def test_the_compute_matched_arm_keeps_the_schedules_shape(study):
     assert run.cfg.SOLVER.MAX_ITER == 400 and run.cfg.SOLVER.STEPS == (300,)  # of 4: (3,)
 
 
-def test_keys_change_with_what_an_outcome_follows_from_and_with_nothing_else(write_study, tmp_path):
+def test_keys_change_with_what_an_outcome_follows_from_and_with_nothing_else(write_yaml, tmp_path):
     def keys(output="out", opts=(), **asked):
-        study = read_study(write_study(**asked), opts, str(tmp_path / output))
+        study = read_study(write_yaml(**asked), opts, str(tmp_path / output))
         return [task.key for task in plan(study, MATCHED)]
 
     before = keys()
@@ -109,20 +114,20 @@ def test_keys_change_with_what_an_outcome_follows_from_and_with_nothing_else(wri
     assert keys("elsewhere", ["DATALOADER.NUM_WORKERS", "3"]) == before
     assert not set(keys(opts=["SSL.TEMPERATURE", "0.3"])) >= set(before)
     other_lr = keys(opts=["SOLVER.BASE_LR", "0.01"])
-    pretrainings = [i for i, t in enumerate(plan(read_study(write_study()), MATCHED))
+    pretrainings = [i for i, t in enumerate(plan(read_study(write_yaml()), MATCHED))
                     if isinstance(t, Pretraining)]  # fmt: skip
     for i, (old, new) in enumerate(zip(before, other_lr)):
         assert (old == new) == (i in pretrainings)
 
 
-def test_self_training_is_judged_against_the_same_without(write_study, tmp_path):
+def test_self_training_is_judged_against_the_same_without(write_yaml, tmp_path):
     arms = {
         "scratch": {"SSL.ENABLED": False},
         "paste": {"FROM": "scratch", "SSL.FINETUNE.COPY_PASTE": 0.5},
         "self": {"FROM": "paste", "SSL.SELF_TRAINING.ENABLED": True},
         "soco": {},
     }
-    study = read_study(write_study(ARMS=arms), output=str(tmp_path / "out"))
+    study = read_study(write_yaml(ARMS=arms), output=str(tmp_path / "out"))
     self_ = study.arms["self"]
     assert self_.uses_unlabeled and not self_.pretrains
     # The same number of iterations: it is its own compute-matched control.
@@ -137,32 +142,32 @@ def test_self_training_is_judged_against_the_same_without(write_study, tmp_path)
     assert run.cfg.SSL.SELF_TRAINING.ENABLED and not run.needs
 
 
-def test_a_longer_arm_is_no_control(write_study, tmp_path):
+def test_a_longer_arm_is_no_control(write_yaml, tmp_path):
     """What it gains may be that of its length: without its twin there is none."""
     arms = {
         "scratch": {"SSL.ENABLED": False},
         "self": {"FROM": "scratch", "SSL.SELF_TRAINING.ENABLED": True, "SOLVER.MAX_ITER": 9},
     }
-    study = read_study(write_study(ARMS=arms), output=str(tmp_path / "out"))
+    study = read_study(write_yaml(ARMS=arms), output=str(tmp_path / "out"))
     assert study.without(study.arms["self"]) == "scratch"
     assert study.control(study.arms["self"]) == ""
 
 
-def test_where_all_photos_are_labelled_self_training_has_no_run(write_study, tmp_path):
+def test_where_all_photos_are_labelled_self_training_has_no_run(write_yaml, tmp_path):
     arms = {
         "scratch": {"SSL.ENABLED": False},
         "self": {"SSL.ENABLED": False, "SSL.SELF_TRAINING.ENABLED": True},
     }
-    study = read_study(write_study(ARMS=arms, SUBSETS=1), output=str(tmp_path / "out"))
+    study = read_study(write_yaml(ARMS=arms, SUBSETS=1), output=str(tmp_path / "out"))
     runs = [(run.arm, run.budget) for run in plan(study, {})]
     assert runs == [("scratch", 3), ("self", 3), ("scratch", 6), ("scratch", 8)]  # of 8, 2 are dev
 
 
-def test_keys_of_self_training(write_study, tmp_path):
+def test_keys_of_self_training(write_yaml, tmp_path):
     def keys(**self_training):
         arms = {"scratch": {"SSL.ENABLED": False}}
         arms["self"] = {"SSL.ENABLED": False, "SSL.SELF_TRAINING.ENABLED": True, **self_training}
-        study = read_study(write_study(ARMS=arms), output=str(tmp_path / "out"))
+        study = read_study(write_yaml(ARMS=arms), output=str(tmp_path / "out"))
         return {run.arm: run.key for run in runs_of(plan(study, {}))}
 
     before = keys()
@@ -172,8 +177,8 @@ def test_keys_of_self_training(write_study, tmp_path):
     assert keys(**{"SSL.TEMPERATURE": 0.3}) == before  # of pretraining, which it has none of
 
 
-def test_overrides_of_the_study_and_of_the_config(write_study):
-    study = read_study(write_study(), ["BUDGETS", "[2, 4]", "SEEDS", "3", "SOLVER.MAX_ITER", "7"])
+def test_overrides_of_the_study_and_of_the_config(write_yaml):
+    study = read_study(write_yaml(), ["BUDGETS", "[2, 4]", "SEEDS", "3", "SOLVER.MAX_ITER", "7"])
     assert study.budgets == [2, 4] and study.seeds == 3
     assert {arm.cfg.SOLVER.MAX_ITER for arm in study.arms.values()} == {7}
     # More seeds, or more subsets, change none of the runs that there were.
@@ -181,18 +186,18 @@ def test_overrides_of_the_study_and_of_the_config(write_study):
     assert seeds == [0, 1000, 2000, 1, 1001, 2001]
 
 
-def test_the_first_photos_as_the_only_subset(write_study):
-    study = read_study(write_study(SUBSETS=["first"], SEEDS=2))
+def test_the_first_photos_as_the_only_subset(write_yaml):
+    study = read_study(write_yaml(SUBSETS=["first"], SEEDS=2))
     assert study.labels(3, "first") == "balloon_demo_train@3"
     assert study.dev_set(3, "first") == "balloon_demo_train@-2"
     # Of one subset the seeds are the repeats; of several the subsets, except with all labels.
     assert study.unit(3, "first", 0) != study.unit(3, "first", 1)
-    several = read_study(write_study(SEEDS=2))
+    several = read_study(write_yaml(SEEDS=2))
     assert several.unit(3, 0, 0) == several.unit(3, 0, 1) != several.unit(3, 1, 2)
     assert several.unit(8, 0, 0) != several.unit(8, 0, 1)
 
 
-def test_recipe_differences(write_study):
+def test_recipe_differences(write_yaml):
     arms = {
         "scratch": {"SSL.ENABLED": False},
         "soco": {"SSL.SOLVER.BASE_LR": 0.3},
@@ -204,7 +209,7 @@ def test_recipe_differences(write_study):
         },
         "coco+soco": {"MODEL.WEIGHTS": "detectron2://coco.pkl"},
     }
-    study = read_study(write_study(ARMS=arms))
+    study = read_study(write_yaml(ARMS=arms))
     assert study.without(study.arms["soco"]) == "scratch"
     assert recipe_differences(study) == {
         "soco-fast": {"SOLVER.BASE_LR": (0.5, 0.02)},
@@ -213,10 +218,10 @@ def test_recipe_differences(write_study):
     }
 
 
-def test_weights_count_by_what_is_in_them(write_study, tmp_path):
+def test_weights_count_by_what_is_in_them(write_yaml, tmp_path):
     def keys(path):
         arms = {"scratch": {"SSL.ENABLED": False, "MODEL.WEIGHTS": str(path)}}
-        return [t.key for t in plan(read_study(write_study(ARMS=arms)), {})]
+        return [t.key for t in plan(read_study(write_yaml(ARMS=arms)), {})]
 
     paths = [tmp_path / name for name in ("a.pth", "b.pth", "c.pth")]
     for path, content in zip(paths, (b"1", b"1", b"2")):
@@ -225,9 +230,9 @@ def test_weights_count_by_what_is_in_them(write_study, tmp_path):
     assert a == b and not set(a) & set(c)
 
 
-def test_on_slurm_the_gpu_need_not_be_here(write_study):
+def test_on_slurm_the_gpu_need_not_be_here(write_yaml):
     devices = [
-        read_study(write_study(), opts, elsewhere=elsewhere).arms["scratch"].cfg.MODEL.DEVICE
+        read_study(write_yaml(), opts, elsewhere=elsewhere).arms["scratch"].cfg.MODEL.DEVICE
         for opts, elsewhere in (((), True), (("MODEL.DEVICE", "cpu"), True))
     ]
     assert devices == ["cuda", "cpu"]
@@ -254,6 +259,13 @@ def test_on_slurm_the_gpu_need_not_be_here(write_study):
         ({"COMMON": {"MODEL.WEIGHTS": "no.pth"}}, "arm scratch: MODEL.WEIGHTS no.pth: no such"),
         ({"CONFIG": "nowhere.yaml"}, "nowhere.yaml: no such file; its path is relative to"),
         ({"ARMS": {"a b": {}}, "BASELINE": "a b"}, "names are folders"),
+        ({"ARMS": {"..": {}}, "BASELINE": ".."}, "arm ..: names are folders"),
+        ({"ARMS": {50: {}}, "BASELINE": "50"}, "quote what yaml takes for a number"),
+        ({"ARMS": {"scratch": "soco"}}, "arm scratch: give KEY: VALUE pairs"),
+        ({"ARMS": {"scratch": {"FROM": ["a", "b"]}}}, "COMPUTE_MATCHED name one arm"),
+        ({"BUDGETS": [3, "6"]}, "BUDGETS [3, '6']: give a list of whole numbers"),
+        ({"SUBSETS": [[1]]}, "SUBSETS [[1]]: give a list of whole numbers"),
+        ({"COMMON": {"MODEL.MASK_ON": False}}, "MODEL.MASK_ON is False"),
         (
             {
                 "ARMS": {
@@ -271,24 +283,85 @@ def test_on_slurm_the_gpu_need_not_be_here(write_study):
             {"ARMS": {"scratch": {"SSL.ENABLED": False}, "y": {}, "x": {"COMPUTE_MATCHED": "y"}}},
             "arm x: spends the time of y on fine-tuning",
         ),
+        (  # no control: it is of other weights than what y is compared with
+            {
+                "ARMS": {
+                    "scratch": {"SSL.ENABLED": False},
+                    "coco": {"SSL.ENABLED": False, "MODEL.WEIGHTS": "detectron2://coco.pkl"},
+                    "y": {"FROM": "coco", "SSL.ENABLED": True},
+                    "x": {"FROM": "scratch", "COMPUTE_MATCHED": "y"},
+                }
+            },
+            "arm x: spends the time of y, so but for its length it must be what that one is "
+            "compared with; write FROM: coco",
+        ),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(write_study, keys, message):
+def test_what_is_wrong_is_said_in_one_line(write_yaml, keys, message):
     with pytest.raises(D2SSLError) as error:
-        read_study(write_study(**keys))
+        read_study(write_yaml(**keys))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_override_that_is_none(write_study):
+@pytest.mark.parametrize("text", ["", "- a", "COMMON:\nARMS: {}", "ARMS: ["])
+def test_what_is_no_study_is_said_in_one_line(tmp_path, text):
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(D2SSLError) as error:
+        read_study(str(tmp_path / "study.yaml"))
+    assert "\n" not in str(error.value)
+
+
+def test_keys_follow_what_is_in_the_photos(write_yaml, tmp_path):
+    """More test photos, a corrected label: runs of before are no answer any more."""
+    file = write_yaml(SUBSETS=1)
+    rows = {name: DatasetCatalog.get(f"balloon_demo_{name}") for name in ("train", "val")}
+
+    def keys():
+        tasks = plan(read_study(file), MATCHED)
+        return {str(task): task.key for task in tasks}
+
+    def register(name, dicts):
+        classes = MetadataCatalog.get(f"balloon_demo_{name}").thing_classes
+        register_dataset(f"balloon_demo_{name}", lambda: dicts, thing_classes=classes)
+
+    before = keys()
+    register("val", rows["val"][:3])
+    after = keys()
+    changed_tasks = {task for task in before if before[task] != after[task]}
+    assert changed_tasks == {task for task in before if "pretraining" not in task}
+    register("val", rows["val"])
+    assert keys() == before
+    corrected = copy.deepcopy(rows["train"])
+    corrected[0]["annotations"][0]["bbox"][2] += 1
+    register("train", corrected)
+    assert {t for t, key in keys().items() if key != before[t]} == changed_tasks
+    # Where it lies does not count.
+    for row in rows["train"]:
+        link = tmp_path / os.path.basename(row["file_name"])
+        link.symlink_to(row["file_name"])
+        row["file_name"] = str(link)
+    register("train", rows["train"])
+    assert keys() == before
+
+
+def test_a_cpus_time_is_not_a_gpus(write_yaml):
+    arms = [read_study(write_yaml(), elsewhere=e).arms["soco"] for e in (False, True)]
+    for pretraining in (False, True):
+        assert arms[0].kind(pretraining) != arms[1].kind(pretraining)
+
+
+def test_an_override_that_is_none(write_yaml):
+    with pytest.raises(D2SSLError, match="BUDGETS .3,6: while parsing"):
+        read_study(write_yaml(), ["BUDGETS", "[3,6"])
     with pytest.raises(D2SSLError, match="key SEEDZ does not exist; the nearest is SEEDS"):
-        read_study(write_study(), ["SEEDZ", "3"])
+        read_study(write_yaml(), ["SEEDZ", "3"])
     with pytest.raises(D2SSLError, match="no such file"):
         read_study("nowhere.yaml")
 
 
-def test_the_studies_in_configs(write_study, tmp_path, monkeypatch):
+def test_the_studies_in_configs(write_yaml, tmp_path, monkeypatch):
     """On the drawn photos: the yamls name sets that are not everywhere."""
-    write_study()  # registers them
+    write_yaml()  # registers them
     monkeypatch.chdir(tmp_path)
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "donor.pth").touch()  # that a user makes first

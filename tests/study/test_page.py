@@ -1,0 +1,78 @@
+"""The page of made-up results, in its text."""
+
+import html
+import re
+
+import pytest
+
+from d2ssl.study import plots
+from d2ssl.study.findings import Results, findings
+from d2ssl.study.page import write_study
+from d2ssl.study.plan import Run, plan, read_study
+from tests.study.made_up import result_of
+
+
+@pytest.fixture
+def page(write_yaml, tmp_path):
+    """Callable: {(arm, budget): outcomes} -> the page as a reader sees it, without pictures."""
+
+    def write(table, **keys):
+        keys = {"SUBSETS": 3, "BUDGETS": [3, 6], **keys}
+        study = read_study(write_yaml(**keys), output=str(tmp_path / "out"))
+        results, outcomes, left = Results(study), {}, {k: list(v) for k, v in table.items()}
+        for task in plan(study, {"longer": 8}):
+            outcomes[task] = None
+            if isinstance(task, Run) and left.get((task.arm, task.budget)):
+                outcome = left[task.arm, task.budget].pop(0)
+                outcomes[task] = {"device": "a CPU", **result_of(task, outcome)}
+                results.add(outcomes[task])
+        seconds = {arm: {"pretraining": 2.0, "finetuning": 1.0} for arm in study.arms}
+        found = findings(study, results, {"soco": 30.0})
+        path = write_study(study, results, found, outcomes, seconds, "tools/study.py")
+        text = re.sub(r"<(style|img)[^>]*>(.*?</style>)?", "", open(path).read(), flags=re.S)
+        return html.unescape(re.sub(r"<[^>]+>", " ", text))
+
+    return write
+
+
+CLEAR = {
+    ("scratch", 3): [4, 4, 5], ("soco", 3): [12, 12, 13], ("longer", 3): [4, 5, 5],
+    ("scratch", 6): [12, 12, 13], ("soco", 6): [13, 12, 12], ("longer", 6): [12, 12, 12],
+}  # fmt: skip
+
+
+def test_a_clear_answer_comes_first(page):
+    text = page(CLEAR)
+    assert text.index("soco with 3 labels: pays.") < text.index("AP over labels")
+    assert "runs are still to come" not in text and "Runs that failed" not in text
+    assert "On average still rising by more than 1 AP at the last step: scratch with 3" in text
+    assert "soco  12" not in text  # counts of objects are no AP
+
+
+def test_failures_are_shown_whatever_else_there_is(page):
+    only = page({("soco", 3): ["the loss became infinite"]})
+    assert "Not one run is finished yet." in only
+    assert "soco, 3 labels, subset 0, seed 0" in only and "the loss became infinite" in only
+    beside = page({**CLEAR, ("soco", 3): ["the loss became infinite"] * 3})
+    assert "3 runs of its own failed and none is finished" in beside
+
+
+def test_a_curve_of_one_point_is_a_curve(page):
+    text = page(CLEAR, CURVE_POINTS=1)
+    assert "no photo is left for it" not in text
+
+
+def test_each_arm_is_in_the_legend(monkeypatch):
+    """Also one that is not in the first panel."""
+    seen = []
+    legend = plots.Figure.legend
+    monkeypatch.setattr(
+        plots.Figure, "legend",
+        lambda self, handles, labels, **kwargs: (
+            seen.extend(labels), legend(self, list(handles), list(labels), **kwargs)
+        ),
+    )  # fmt: skip
+    points = [(1, 2.0), (2, 3.0)]
+    lines = {3: {"b": points, "d": []}, 6: {"b": points, "a": points}}
+    assert plots.plot_panels(lines, ["a", "b", "c"], "x", "y")
+    assert seen == ["a", "b"]
