@@ -274,7 +274,10 @@ def test_overrides_may_stand_behind_the_seeds(tool):
         (["SSL.METHOD", "SoCko"], "SSL.METHOD SoCko: choose from"),
         (["SSL.METOD", "SoCo"], "SSL.METOD does not exist"),
         (["SSL.ENABLED", "False"], "SSL.ENABLED is False"),
-        (["SSL.QUEUE.SIZE", "4096"], "SSL.QUEUE.SIZE 4096: the data set has 8 photos"),
+        (
+            ["SSL.METHOD", "MoCo", "SSL.QUEUE.SIZE", "4096"],
+            "SSL.QUEUE.SIZE 4096: the data set has 8 photos",
+        ),
         (["SEED", "3"], "SEED is set by --seeds"),
         (["SSL.SOLVER.MAX_ITER", "3"], "SSL.SOLVER.MAX_ITER is set by --views"),
     ],
