@@ -199,7 +199,8 @@ class PretextModel(nn.Module):
             for p, q in zip(online.parameters(), twin.parameters())
             if p.requires_grad
         ]
-        torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - momentum)
+        if pairs:
+            torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - momentum)
 
     def parameter_parts(self) -> Dict[str, List[nn.Module]]:
         """Everything that learns, by the names under ``SSL.SOLVER.LR_FACTOR``."""
