@@ -5,6 +5,11 @@ import numpy as np
 from d2ssl.evaluation.matches import IOUS, TASKS, Matches
 
 PHOTOS = 16
+# (arm, budget) -> objects found in each repeat: soco with 3 labels does what scratch does with 6.
+CLEAR = {
+    ("scratch", 3): [4, 4, 5], ("soco", 3): [12, 12, 13], ("longer", 3): [4, 5, 5],
+    ("scratch", 6): [12, 12, 13], ("soco", 6): [13, 12, 12], ("longer", 6): [12, 12, 12],
+}  # fmt: skip
 
 
 def made_up(found, score=0.8):

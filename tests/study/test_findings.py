@@ -8,7 +8,7 @@ import pytest
 from d2ssl.evaluation.statistics import NOT, PAYS, UNKNOWN
 from d2ssl.study.findings import Results, findings
 from d2ssl.study.plan import Run, plan, read_study
-from tests.study.made_up import ap_of, result_of
+from tests.study.made_up import CLEAR, ap_of, result_of
 
 
 @pytest.fixture
@@ -35,12 +35,6 @@ def make(write_yaml, tmp_path):
 def of(rows, arm, budget, against="scratch"):
     return next(r for r in rows if (r["arm"], r["budget"]) == (arm, budget)
                 and r.get("against", against) == against)  # fmt: skip
-
-
-CLEAR = {
-    ("scratch", 3): [4, 4, 5], ("soco", 3): [12, 12, 13], ("longer", 3): [4, 5, 5],
-    ("scratch", 6): [12, 12, 13], ("soco", 6): [13, 12, 12], ("longer", 6): [12, 12, 12],
-}  # fmt: skip
 
 
 def test_means_and_paired_differences(make):

@@ -9,7 +9,7 @@ from d2ssl.study import plots
 from d2ssl.study.findings import Results, findings
 from d2ssl.study.page import write_study
 from d2ssl.study.plan import Run, plan, read_study
-from tests.study.made_up import result_of
+from tests.study.made_up import CLEAR, result_of
 
 
 @pytest.fixture
@@ -33,12 +33,6 @@ def page(write_yaml, tmp_path):
         return html.unescape(re.sub(r"<[^>]+>", " ", text))
 
     return write
-
-
-CLEAR = {
-    ("scratch", 3): [4, 4, 5], ("soco", 3): [12, 12, 13], ("longer", 3): [4, 5, 5],
-    ("scratch", 6): [12, 12, 13], ("soco", 6): [13, 12, 12], ("longer", 6): [12, 12, 12],
-}  # fmt: skip
 
 
 def test_a_clear_answer_comes_first(page):
