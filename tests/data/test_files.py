@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from d2ssl.data.datasets.files import locate
+from d2ssl.data.datasets.files import Notes, locate
 from d2ssl.errors import D2SSLError
 
 
@@ -17,3 +17,11 @@ def test_backslashes_of_windows(tmp_path):
     for name, message in (("..\\0.jpg", "outside"), ("a\\2.jpg", "1 of 1 photos are missing")):
         with pytest.raises(D2SSLError, match=message):
             locate(str(tmp_path), [name], "labels.json")
+
+
+def test_what_was_mended_is_said_once(caplog):
+    for _ in range(3):  # a set is read again at each use
+        notes = Notes("labels.json")
+        notes.add("photos have no region", "a.png"), notes.add("photos have no region", "b.png")
+        notes.log()
+    assert caplog.messages == ["labels.json: 2 photos have no region (first: a.png)"]

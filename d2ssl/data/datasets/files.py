@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from detectron2.utils.logger import log_first_n
+
 from d2ssl.errors import D2SSLError
 
 logger = logging.getLogger("d2ssl.data")
@@ -129,7 +131,8 @@ def locate(root: str, names: Iterable[str], source: str, what: str = "photo") ->
 
 
 class Notes:
-    """Counts what was mended, so that the log gets one line a kind and not one a case."""
+    """Counts what was mended, so that the log gets one line a kind and not one a case, and none
+    again when the set is read again."""
 
     def __init__(self, source: str):
         self.source = source
@@ -141,4 +144,5 @@ class Notes:
 
     def log(self) -> None:
         for kind, cases in self.cases.items():
-            logger.warning(f"{self.source}: {len(cases)} {kind} (first: {cases[0]})")
+            message = f"{self.source}: {len(cases)} {kind} (first: {cases[0]})"
+            log_first_n(logging.WARNING, message, key="message", name=logger.name)
