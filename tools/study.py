@@ -11,9 +11,11 @@ The same command goes on where it was stopped; what is done is not done again. A
 is recorded and not tried again, one whose process died is. In the folder of --output:
 
 study.html       the answer, with tables, curves and pictures; one file
+study.md         it as a table and sentences
 study.json       all numbers, with the command, the versions and what each detection matched
 runs.csv         a row a run
 curve.png        AP over labels
+final/           for each arm a config that trains it on all labels
 runs/ARM/BUDGET/subsetS-seedN/      log.txt, config.yaml, finetune/metrics.json of a run
 pretraining/ARM/seedN/              shared by the runs that start from it
 """

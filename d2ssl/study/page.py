@@ -1,4 +1,5 @@
-"""A study as files: one page that answers, all numbers as JSON, a row a run as CSV, a figure."""
+"""A study as files: one page that answers, the answer in Markdown, all numbers as JSON, a row a run
+as CSV, a figure."""
 
 import csv
 import html
@@ -10,6 +11,7 @@ from typing import Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 from detectron2.data import MetadataCatalog
+from tabulate import tabulate
 
 from d2ssl.atomic import atomic_open, make_folder
 from d2ssl.config import changed, finetune_cfg, method_title
@@ -39,8 +41,8 @@ def write_study(
     seconds: Mapping[str, Mapping[str, float]],
     command: str,
 ) -> str:
-    """Write ``study.html``, ``study.json``, ``runs.csv`` and ``curve.png``, and for each arm
-    ``final/<arm>.yaml``, which trains it on all labels.
+    """Write ``study.html``, ``study.md``, ``study.json``, ``runs.csv`` and ``curve.png``, and for
+    each arm ``final/<arm>.yaml``, which trains it on all labels.
 
     Args:
         found: see :func:`~d2ssl.study.findings.findings`.
@@ -60,6 +62,7 @@ def write_study(
     files: Dict[str, bytes] = {
         "study.json": json.dumps({**about, **found, "runs": kept}, allow_nan=False).encode(),
         "runs.csv": _csv(known).encode(),
+        "study.md": markdown(found).encode(),
     }
     for run in {run.arm: run for run in runs}.values():
         files[_final(run.arm)] = on_all_labels(study, run).dump().encode()
@@ -147,6 +150,25 @@ def _csv(runs: Sequence[dict]) -> str:
              run.get("iterations", ""), run.get("seconds", ""), run["failed"] or ""]
         )  # fmt: skip
     return out.getvalue()
+
+
+def markdown(found: dict) -> str:
+    """The answer as a table and sentences, to be pasted.
+
+    Args:
+        found: see :func:`~d2ssl.study.findings.findings`; what ``study.json`` holds will do.
+    """
+    cells = {(cell["arm"], cell["budget"]): cell for cell in found["cells"]}
+    arms, budgets = (dict.fromkeys(key[i] for key in cells) for i in (0, 1))
+    rows = [
+        [arm, *(_ap(cells[arm, b]["segm"]) if (arm, b) in cells else "" for b in budgets)]
+        for arm in arms
+    ]
+    table = tabulate(
+        rows, ["segm AP", *(f"{b} labels" for b in budgets)], "github", disable_numparse=True
+    )
+    sentences = (sentence.partition(". ") for sentence in found["answer"])
+    return "\n".join([table, "", *(f"- **{head}.** {rest}" for head, _, rest in sentences)]) + "\n"
 
 
 # ---- the page; each function returns HTML

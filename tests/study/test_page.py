@@ -9,7 +9,7 @@ from d2ssl.study import plots
 from d2ssl.study.findings import Results, findings
 from d2ssl.study.page import write_study
 from d2ssl.study.plan import Run, plan, read_study
-from tests.study.made_up import CLEAR, result_of
+from tests.study.made_up import CLEAR, ap_of, result_of
 
 
 @pytest.fixture
@@ -41,6 +41,17 @@ def test_a_clear_answer_comes_first(page):
     assert "runs are still to come" not in text and "Runs that failed" not in text
     assert "On average still rising by more than 1 AP at the last step: scratch with 3" in text
     assert "soco  12" not in text  # counts of objects are no AP
+
+
+def test_the_answer_can_be_pasted(page, tmp_path):
+    page(CLEAR)
+    table, answers = (tmp_path / "out" / "study.md").read_text().split("\n\n")
+    head, _, *rows = ([c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines())
+    assert head == ["segm AP", "3 labels", "6 labels"]
+    assert [row[0] for row in rows] == ["scratch", "soco", "longer"]
+    mean = sum(map(ap_of, CLEAR["soco", 3])) / 3
+    assert rows[1][1].startswith(f"{mean:.1f} [")
+    assert answers.startswith("- **soco with 3 labels: pays.** +49.5 [")
 
 
 def test_failures_are_shown_whatever_else_there_is(page):
