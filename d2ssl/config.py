@@ -271,7 +271,7 @@ def _check(cfg: CN) -> None:
         all(isinstance(m, (list, tuple)) and list(map(type, m)) in PAIR for m in ssl.METHODS),
         f'SSL.METHODS {ssl.METHODS}: write pairs, [["SoCo", 1.0], ["Colorization", 5.0]]',
     )
-    one_of("SSL.FPN_NORM", ssl.FPN_NORM or '""', ('""', *BATCH_NORMS))
+    one_of("SSL.FPN_NORM", ssl.FPN_NORM or '""', ('""', "BN"))
     for level in ssl.LEVELS:
         one_of("SSL.LEVELS", level, LEVELS)
     one_of("SSL.REGIONS.SOURCE", ssl.REGIONS.SOURCE, ("superpixels", "kmeans", "grid"))
@@ -407,10 +407,12 @@ def pretrain_cfg(cfg: CN) -> CN:
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     if cfg.MODEL.FPN.NORM == "":
         cfg.MODEL.FPN.NORM = cfg.SSL.FPN_NORM
-    # The trainer lets processes share statistics. Of SyncBN the hand-off, by one process, would
-    # wait for the others.
-    for node in (cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.ROI_BOX_HEAD):
-        if node.NORM in BATCH_NORMS:
+    if cfg.MODEL.RESNETS.NORM in BATCH_NORMS:
+        cfg.MODEL.RESNETS.NORM = "BN"
+    # The trainer lets processes share statistics. With SyncBN the hand-off, made by one process,
+    # would wait for the others.
+    for node in (cfg.MODEL.FPN, cfg.MODEL.ROI_BOX_HEAD):
+        if "Sync" in node.NORM:
             node.NORM = "BN"
     cfg.DATASETS.TRAIN = tuple(cfg.SSL.DATASETS)
     cfg.DATASETS.TEST = ()

@@ -64,7 +64,7 @@ def test_classes_of_weights_are_a_name_or_names(value, tmp_path):
         (["SSL.SOLVER.BASE_RL", "1"], "nearest is SSL.SOLVER.BASE_LR"),
         (["SSL.INPUT.VIEW_SIZE", "200"], "multiple of 32, e.g. 192"),
         (["SSL.TRAIN", "['neck']"], "SSL.TRAIN neck: choose from bottom_up, fpn, box_head"),
-        (["SSL.FPN_NORM", "GN"], 'SSL.FPN_NORM GN: choose from "", FrozenBN, BN'),
+        (["SSL.FPN_NORM", "GN"], 'SSL.FPN_NORM GN: choose from "", BN'),
         (["TEST.PRECISE_BN.ENABLED", "True"], "TEST.PRECISE_BN is not supported"),
         (["SSL.DATASETS", "()"], "SSL.DATASETS is empty"),
         (["SSL.PRECISION", "fp16"], "choose from bf16, fp32"),

@@ -1,5 +1,6 @@
 """From the names in a config to loaders: the one place where data sets are looked up."""
 
+import functools
 import importlib
 import logging
 import math
@@ -17,7 +18,7 @@ from d2ssl.data.datasets import ensure_registered
 from d2ssl.data.datasets.catalog import decoded, listed
 from d2ssl.data.loader import StreamLoader
 from d2ssl.data.mapper import DetectionMapper, PretextMapper, has_rle, shrunk
-from d2ssl.data.photos import PhotoStore, add_size, read_photo
+from d2ssl.data.photos import PhotoStore, add_size, map_photos, read_photo
 from d2ssl.data.proposals import attach_proposals
 from d2ssl.data.regions import attach_regions
 from d2ssl.data.sampling import build_order
@@ -202,8 +203,7 @@ def build_finetune_loader(cfg) -> StreamLoader:
             logger.info("%d photos without annotation left out", len(dicts) - len(labelled))
         dicts = labelled
     side = training_side(cfg)
-    # Run-length codes are decoded at each step, which takes long at the size of the photo.
-    dicts = [shrunk(d, side) if has_rle([d]) else d for d in dicts]
+    dicts = _with_small_masks(dicts, side) if cfg.MODEL.MASK_ON else dicts
     later = unlabeled_photos(cfg) if cfg.SSL.SELF_TRAINING.ENABLED else []
     store = _store(cfg, dicts + later, side)
     # What is left of a covered object is pixels.
@@ -219,6 +219,19 @@ def build_finetune_loader(cfg) -> StreamLoader:
         build_order(cfg, dicts),
         one_shape=loading.ASPECT_RATIO_GROUPING,
     )
+
+
+def _with_small_masks(dicts: List[dict], side: float) -> List[dict]:
+    """Photos with run-length codes at the size that they are trained at: these are decoded at each
+    step, which takes long at the size of the photo. Crowds, of which nothing is learnt, go."""
+    large = [i for i, d in enumerate(dicts) if has_rle([d]) and min(d["height"], d["width"]) > side]
+    bare = [
+        {**dicts[i], "annotations": [a for a in dicts[i]["annotations"] if not a.get("iscrowd")]}
+        for i in large
+    ]
+    small = map_photos(functools.partial(shrunk, short_side=side), bare, "masks")
+    found = dict(zip(large, small))
+    return [found.get(i, d) for i, d in enumerate(dicts)]
 
 
 def training_side(cfg) -> float:

@@ -416,9 +416,9 @@ def _shared(earlier: CheckedSet, later: CheckedSet, shared, apart: bool) -> list
     if not shared:
         return []
     if earlier.is_test and later.is_test:
-        return [Finding(WARNING, "test or dev sets that share photos", "nothing to do if one is a "
-                        "part of the other and neither chooses anything: what was chosen by a "
-                        "photo is not tested by it", "", f"{names}: {len(shared)}")]  # fmt: skip
+        return [Finding(WARNING, "test or dev sets that share photos", "nothing to do if "
+                        "nothing is chosen by either: a photo that something was chosen by cannot "
+                        "test it", "", f"{names}: {len(shared)}")]  # fmt: skip
     if not (apart and (labelled or earlier.is_test or later.is_test)):
         return [Finding(NOTE, "sets that share photos", "nothing to do if that is meant", "",
                         f"{names}: {len(shared)}")]  # fmt: skip

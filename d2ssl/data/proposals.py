@@ -201,7 +201,9 @@ def _annotated(dataset_dicts: list[dict]) -> list[np.ndarray]:
             "SSL.DATASETS, or another SSL.PROPOSALS.SOURCE"
         )
     if bare:
-        logger.warning("%d of %d photos have no annotated box: each is one box", bare, len(found))
+        logger.warning(
+            "%d of %d photos have no annotated box: each is taken as one box", bare, len(found)
+        )
     return found
 
 

@@ -6,25 +6,35 @@ Where they are the same as before, an earlier result is still the answer.
 import functools
 import hashlib
 import os
-from typing import Dict, Iterable
+from typing import Dict, Iterable, List
 
 from d2ssl.data.build import load_dicts, load_photos
 from d2ssl.data.datasets import fingerprint
 
 
 def contents(names: Iterable[str], labels: bool = True) -> Dict[str, str]:
-    """Of each data set a short hash of its photos' names and sizes and, where ``labels`` count, of
-    these; not of the folder in which it lies, which may be another on another machine."""
+    """Of each data set a short hash of its photos' names and sizes, in pixels and in bytes, and,
+    where ``labels`` count, of these; not of the folder in which it lies, which may be another on
+    another machine."""
     load = load_dicts if labels else load_photos
     return {name: fingerprint([_anywhere(row) for row in load([name])]) for name in names}
 
 
 def _anywhere(row: dict) -> dict:
-    return {**row, "file_name": os.path.basename(row["file_name"])}
+    file = row["file_name"]
+    return {**row, "file_name": [os.path.basename(file), os.path.getsize(file)]}
 
 
-def weights_in(path: str) -> str:
-    """A hash of a file of weights; its name where there is no such file, as of the model zoo's."""
+def pretraining_inputs(cfg) -> List[object]:
+    """What pretraining follows from besides the config and its weights: the photos, and labels or a
+    file where proposals are made of these."""
+    source = cfg.SSL.PROPOSALS.SOURCE
+    labels = source == "annotations"
+    return [list(contents(cfg.SSL.DATASETS, labels).values()), file_hash(source)]
+
+
+def file_hash(path: str) -> str:
+    """A hash of what is in a file; the path itself where there is none, as of the model zoo's."""
     return _digest(path, os.stat(path).st_mtime_ns) if os.path.isfile(path) else path
 
 

@@ -95,8 +95,9 @@ def main_schedule(solver, floor: float) -> Callable[[int], float]:
         )
     if solver.WARMUP_ITERS > steps / 2:
         logger.warning(
-            "WARMUP_ITERS %d of MAX_ITER %d: the lr hardly comes near BASE_LR, and little is "
-            "learnt; lower WARMUP_ITERS", solver.WARMUP_ITERS, steps
+            "WARMUP_ITERS %d of MAX_ITER %d: more than half of the run has a low lr; lower "
+            "SOLVER.WARMUP_ITERS (SSL.SOLVER.WARMUP_ITERS while pretraining)",
+            solver.WARMUP_ITERS, steps
         )  # fmt: skip
     whole = WarmupParamScheduler(
         after, solver.WARMUP_FACTOR, min(solver.WARMUP_ITERS / steps, 1.0), solver.WARMUP_METHOD

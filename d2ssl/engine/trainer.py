@@ -102,19 +102,20 @@ class Trainer(DefaultTrainer):
             logger.info("Resumed after iteration %d", self.iter)
 
     def _load_checkpoint(self) -> None:
-        other = (
-            f"{self.cfg.OUTPUT_DIR} holds a run of another config; give the same one, another "
-            "OUTPUT_DIR, or start over without --resume"
-        )
+        folder = self.cfg.OUTPUT_DIR
+        fix = "give the same one, another OUTPUT_DIR, or start over without --resume"
         try:
             self.checkpointer.resume_or_load("", resume=True)
         except torch.cuda.OutOfMemoryError:
             raise
         except (ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()
-            raise D2SSLError(f"{other} ({reason[0] if reason else repr(error)})") from error
+            raise D2SSLError(
+                f"{folder} cannot be resumed: damaged, or a run of another config; {fix} "
+                f"({reason[0] if reason else repr(error)})"
+            ) from error
         if not self.checkpointer.fits:
-            raise D2SSLError(other)
+            raise D2SSLError(f"{folder} holds a run of another config; {fix}")
 
     # What a stage fills in.
 

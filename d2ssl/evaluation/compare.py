@@ -29,7 +29,7 @@ from d2ssl.atomic import atomic_open
 from d2ssl.config import leaves, load_cfg, pretrain_cfg
 from d2ssl.data.build import register_datasets
 from d2ssl.engine.auto import resolve_auto
-from d2ssl.engine.inputs import contents, weights_in
+from d2ssl.engine.inputs import file_hash, pretraining_inputs
 from d2ssl.engine.trainer import PretrainTrainer
 from d2ssl.errors import D2SSLError
 from d2ssl.evaluation import retrieval
@@ -168,7 +168,7 @@ def _run(name: str, cfg, per_photo: int, seed: int, views: int, output: str) -> 
     solver.MAX_ITER = steps
     solver.CHECKPOINT_PERIOD = steps + 1  # none on the way
     cfg.SEED = seed
-    inputs = [contents(cfg.SSL.DATASETS, labels=False), weights_in(cfg.MODEL.WEIGHTS)]
+    inputs = [pretraining_inputs(cfg), file_hash(cfg.MODEL.WEIGHTS)]
     key = json.dumps([cfg.dump(), protocol(), inputs])
     key = hashlib.sha256(key.encode()).hexdigest()[:16]
     cfg.OUTPUT_DIR = os.path.join(output, name, f"seed{seed}")

@@ -158,6 +158,7 @@ def show_training(cfg, num_photos: int, seed: int | None, side: int) -> Iterator
     stage = finetune_cfg(cfg)
     stage.defrost()
     stage.DATASETS.TRAIN = tuple(_part(name, num_photos, seed) for name in cfg.DATASETS.TRAIN)
+    stage.DATALOADER.ASPECT_RATIO_GROUPING = False  # each photo once, and no batches
     stage.freeze()
     stream = build_finetune_loader(stage).stream
     metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])

@@ -193,8 +193,6 @@ def _difference(
         return {**found, "verdict": UNKNOWN, "blank": True}
     name = study.control(study.arms[arm])
     control = results.difference(arm, name, budget, "segm") if name else None
-    needed = [seeds_needed(e, study.effect) for e in (both["segm"], control) if e]
-    needed = None if None in needed else max(needed)
     return {
         **found,
         "control": name
@@ -204,9 +202,19 @@ def _difference(
             **(_plain(control) if control else {}),
         },
         "verdict": verdict(both["segm"], control, study.least),
-        "more": None if needed is None else max(0, needed - both["segm"].units),
+        "more": _more(study, both["segm"], control),
         "worth": _worth(study, results, arm, other, budget),
     }
+
+
+def _more(study: Study, *differences: Optional[Estimate]) -> Optional[int]:
+    """Repeats that it takes on top of these until each of the differences is seen; those whose
+    scatter is not known yet are left out."""
+    known = [d for d in differences if d and d.run_sd is not None]
+    needed = [seeds_needed(d, study.effect) for d in known]
+    if not known or None in needed:
+        return None
+    return max(0, *(total - d.units for total, d in zip(needed, known)))
 
 
 def _labelling(results: Results, arm: str, budget: int) -> float:

@@ -451,6 +451,5 @@ def _again(about: dict) -> str:
 
 
 def _versions(about: dict) -> str:
-    """Those that the runs were made with; more than one line of them is worth a look."""
-    lines = (", ".join(f"{k} {v}" for k, v in row.items()) for row in about["versions"])
-    return "; ".join(lines)
+    """Those that the runs were made with, where they differ one after another."""
+    return "; ".join(", ".join(f"{k} {v}" for k, v in row.items()) for row in about["versions"])

@@ -31,7 +31,7 @@ from d2ssl.config import changed, get_cfg, leaves, load_cfg, pretrained_path
 from d2ssl.data.build import check_classes, count_photos, register_datasets, unlabeled_photos
 from d2ssl.data.datasets import ensure_registered
 from d2ssl.engine.auto import resolve_auto
-from d2ssl.engine.inputs import contents, weights_in
+from d2ssl.engine.inputs import contents, file_hash, pretraining_inputs
 from d2ssl.errors import D2SSLError
 
 FIRST = "first"
@@ -110,7 +110,8 @@ class Study:
     total: photos of ``train``.
     labelled: of ``train`` and of the test set, what they hold, see
         :func:`~d2ssl.engine.inputs.contents`.
-    unlabelled: of the sets in the arms' SSL.DATASETS, likewise, without labels.
+    unlabelled: of each arm with unlabelled photos, likewise, see
+        :func:`~d2ssl.engine.inputs.pretraining_inputs`.
     """
 
     arms: Dict[str, Arm]
@@ -126,7 +127,7 @@ class Study:
     least: float
     output: str
     labelled: Mapping[str, str]
-    unlabelled: Mapping[str, str]
+    unlabelled: Mapping[str, List]
 
     @property
     def test(self) -> str:
@@ -306,7 +307,6 @@ def read_study(
             cfg.freeze()
         arms[name] = Arm(name, cfg, matched)
     tests = [arm.cfg.DATASETS.TEST for arm in arms.values()]
-    used = [arm.cfg.SSL.DATASETS for arm in arms.values() if arm.uses_unlabeled]
     study = Study(
         arms=arms,
         baseline=asked["BASELINE"],
@@ -321,7 +321,7 @@ def read_study(
         least=float(asked["LEAST"]),
         output=output or os.path.join("output", "study", _stem(file)),
         labelled=contents(dict.fromkeys([asked["TRAIN"], *sum(tests, ())])),
-        unlabelled=contents(dict.fromkeys(sum(used, ())), labels=False),
+        unlabelled={n: pretraining_inputs(a.cfg) for n, a in arms.items() if a.uses_unlabeled},
     )
     _check(file, study)
     return study
@@ -357,10 +357,10 @@ def _check_types(file: str, asked: Mapping) -> None:
         if not isinstance(asked[key], kinds) or isinstance(asked[key], bool):
             raise D2SSLError(f"{file}: {key} {asked[key]}: give {words}")
     for name, overlay in asked["ARMS"].items():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[^\W_][\w.+-]*", name):
             raise D2SSLError(
-                f"{file}: arm {name}: names are folders, too; use letters, digits and _ . + -, and "
-                "quote what yaml takes for a number, yes or no"
+                f"{file}: arm {name}: names are folders, too; begin with a letter or digit, use "
+                "these and _ . + -, and quote what yaml takes for a number, yes or no"
             )
         overlay = {} if overlay is None else overlay
         named = isinstance(overlay, dict) and all(
@@ -370,10 +370,10 @@ def _check_types(file: str, asked: Mapping) -> None:
             raise D2SSLError(
                 f"{file}: arm {name}: give KEY: VALUE pairs; FROM and COMPUTE_MATCHED name one arm"
             )
-    for key, kinds in (("BUDGETS", int), ("SUBSETS", (int, str))):
+    for key, kinds, or_first in (("BUDGETS", int, ""), ("SUBSETS", (int, str), ' or "first"')):
         values = asked[key] if isinstance(asked[key], list) else []
         if any(not isinstance(value, kinds) for value in values):
-            raise D2SSLError(f"{file}: {key} {values}: give a list of whole numbers")
+            raise D2SSLError(f"{file}: {key} {values}: give a list of whole numbers{or_first}")
 
 
 def _stem(file: str) -> str:
@@ -457,9 +457,9 @@ def _check(file: str, study: Study) -> None:
         )
         require(
             not arm.matched or _same_but_for_length(study, arm, other),
-            f"arm {arm.name}: spends the time of {arm.matched}, so but for its length it must be "
-            f"what that one is compared with; write FROM: {other and study.without(other)} and no "
-            "other key",
+            f"arm {arm.name}: as the control of {arm.matched} it must be "
+            f"{other and study.without(other)}, only longer; write FROM and COMPUTE_MATCHED, and "
+            "no other key",
         )
         require(
             arm.cfg.MODEL.MASK_ON,
@@ -558,7 +558,7 @@ def _pretraining(study: Study, arm: Arm, seed: int) -> Pretraining:
     cfg.defrost()
     cfg.SEED = seed
     values = {k: v for k, v in changed(cfg).items() if not k.startswith(FINETUNE_ONLY)}
-    key = _key({**values, "photos": [study.unlabelled[name] for name in cfg.SSL.DATASETS]})
+    key = _key({**values, "photos": study.unlabelled[arm.name]})
     cfg.OUTPUT_DIR = os.path.join(study.output, "pretraining", arm.name, f"seed{seed}")
     # Of these only class names and sizes enter the hand-off, which all budgets share.
     cfg.DATASETS.TRAIN = (study.train,)
@@ -577,7 +577,7 @@ def _run(study, arm: Arm, budget, subset, seed, iterations, needs) -> Run:
     cfg.SSL.ENABLED = False  # that is the other task
     photos = [study.labelled[study.train], study.labelled[study.test]]
     if cfg.SSL.SELF_TRAINING.ENABLED:
-        photos += [study.unlabelled[name] for name in cfg.SSL.DATASETS]
+        photos += study.unlabelled[arm.name]
     before = {"pretraining": needs.key if needs else "", "photos": photos}
     key = _key({**_of_finetuning(changed(cfg)), **before})
     if needs:
@@ -628,6 +628,6 @@ def with_length(cfg: CfgNode, iterations: int) -> CfgNode:
 def _key(values: Mapping[str, object]) -> str:
     values = {k: v for k, v in values.items() if k not in INCIDENTAL}
     if "MODEL.WEIGHTS" in values:  # what is in it counts, not where it lies
-        values["MODEL.WEIGHTS"] = weights_in(values["MODEL.WEIGHTS"])
+        values["MODEL.WEIGHTS"] = file_hash(values["MODEL.WEIGHTS"])
     text = json.dumps(values, sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

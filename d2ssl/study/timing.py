@@ -37,6 +37,7 @@ def measure(arm: Arm, train: str, pretraining: bool, threads: int) -> Dict[str, 
         cfg.OUTPUT_DIR = folder
         cfg.DATASETS.TRAIN = (train,)
         cfg.SOLVER.MAX_ITER = cfg.SSL.SOLVER.MAX_ITER = WARM_UP + MEASURED
+        cfg.SOLVER.WARMUP_ITERS = cfg.SSL.SOLVER.WARMUP_ITERS = 0
         cfg.SOLVER.BASE_LR = cfg.SSL.SOLVER.BASE_LR = 1e-6  # whether it diverges is not asked here
         cfg.SSL.SELF_TRAINING.ENABLED = False  # an iteration takes as long with it
         cfg.SSL.ENABLED = pretraining  # what weights fine-tuning starts from does not matter here

@@ -77,6 +77,16 @@ def test_an_order_decides_the_photos():
     assert repeated[0] > 8 and balanced[[0, 6]].tolist() == [14, 14]
 
 
+def test_batches_of_one_shape():
+    shapes = [{"id": i, "width": 3 - i % 2, "height": 2} for i in range(8)]  # odd ones are square
+    loader = StreamLoader(shapes, draw, batch_size=2, seed=5, one_shape=True)
+    batches = iter(loader)
+    assert all(len({x["photo"] % 2 for x in next(batches)}) == 1 for _ in range(8))
+    loader.switch_to(shapes[::-1])  # now even ones come first
+    next(batches)
+    assert all(len({x["photo"] % 2 for x in next(batches)}) == 1 for _ in range(8))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_photos_are_switched_at_the_next_batch(num_workers):
     loader = StreamLoader(DICTS, draw, batch_size=3, seed=5, num_workers=num_workers)

@@ -312,6 +312,14 @@ def test_masks_are_scaled_down_once_as_they_would_be_each_time(tiny_cfg, ring_se
     torch.testing.assert_close(items[0].gt_boxes.tensor, items[1].gt_boxes.tensor)
 
 
+def test_what_crowds_are_drawn_with_does_not_matter(tiny_cfg, ring_set):
+    """Training leaves them out, so none is read, scaled or refused."""
+    masks, _ = ring_set
+    masks.append({**masks[0], "iscrowd": 1, "segmentation": None})
+    cfg = ring_cfg(tiny_cfg, "INPUT.MIN_SIZE_TRAIN", "(61,)")
+    assert len(build_finetune_loader(cfg).stream[0]["instances"]) == 2
+
+
 def test_run_length_masks_at_any_scale(tiny_cfg, ring_set):
     """Against the mask scaled by area averaging, which is another rounding of the same shape."""
     _, ring = ring_set

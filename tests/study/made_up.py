@@ -32,8 +32,12 @@ def ap_of(count):
     return 100 * (100 * count // PHOTOS + 1) / 101
 
 
-def result_of(run, outcome):
-    """Of a run: how many of the photos' objects it found, or which, or why it failed."""
+def result_of(run, outcome, curve=((2, 1.0, 2.0), (4, 5.0, 6.0))):
+    """Of a run: how many of the photos' objects it found, or which, or why it failed.
+
+    Args:
+        curve: [iteration, segm AP, bbox AP]; both are by the run's seed higher.
+    """
     identity = {"arm": run.arm, "budget": run.budget, "subset": run.subset, "seed": run.seed}
     if isinstance(outcome, str):
         return {**identity, "failed": outcome}
@@ -44,6 +48,6 @@ def result_of(run, outcome):
         "iterations": 4,
         "seconds": 60.0,
         "ap": {what: ap_of(len(matches.score)) for what in TASKS},
-        "curve": [[2, 1.0 + run.seed, 2.0], [4, 5.0 + run.seed, 6.0]],
+        "curve": [[i, segm + run.seed, bbox] for i, segm, bbox in curve],
         "matches": {what: matches.to_json() for what in TASKS},
     }

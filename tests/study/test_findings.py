@@ -179,6 +179,8 @@ def test_repeats_are_asked_for_by_whichever_scatters_more(make):
     difference = of(make(table, EFFECT=30.0)["differences"], "soco", 3)
     assert difference["segm"]["run_sd"] < 1 and difference["control"]["run_sd"] > 10
     assert difference["verdict"] == UNKNOWN and difference["more"] > 1
+    begun = of(make({**table, ("longer", 3): [4]}, EFFECT=30.0)["differences"], "soco", 3)
+    assert begun["control"]["run_sd"] is None and begun["more"] == 0  # its scatter is not known
 
 
 def test_the_photos_that_changed_most(make):

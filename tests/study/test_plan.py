@@ -1,7 +1,7 @@
 """What a study's yaml becomes: arms, budgets, subsets, seeds."""
 
 import copy
-import os
+import shutil
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -292,8 +292,7 @@ def test_on_slurm_the_gpu_need_not_be_here(write_yaml):
                     "x": {"FROM": "scratch", "COMPUTE_MATCHED": "y"},
                 }
             },
-            "arm x: spends the time of y, so but for its length it must be what that one is "
-            "compared with; write FROM: coco",
+            "arm x: as the control of y it must be coco, only longer",
         ),
     ],
 )
@@ -335,13 +334,35 @@ def test_keys_follow_what_is_in_the_photos(write_yaml, tmp_path):
     corrected[0]["annotations"][0]["bbox"][2] += 1
     register("train", corrected)
     assert {t for t, key in keys().items() if key != before[t]} == changed_tasks
-    # Where it lies does not count.
+    # Where it lies does not count, but what is in the file.
     for row in rows["train"]:
-        link = tmp_path / os.path.basename(row["file_name"])
-        link.symlink_to(row["file_name"])
-        row["file_name"] = str(link)
+        copied = shutil.copy(row["file_name"], tmp_path)
+        row["file_name"] = str(copied)
     register("train", rows["train"])
     assert keys() == before
+    with open(rows["train"][0]["file_name"], "ab") as photo:
+        photo.write(b"changed")
+    assert {t for t, key in keys().items() if key != before[t]} == changed_tasks
+
+
+def test_pretraining_follows_what_its_proposals_are_made_of(write_yaml, tmp_path):
+    file = tmp_path / "boxes.json"
+    rows = DatasetCatalog.get("balloon_demo_train")
+
+    def key(source):
+        arms = {"scratch": {"SSL.ENABLED": False}, "soco": {"SSL.PROPOSALS.SOURCE": source}}
+        common = {"SSL.DATASETS": ["balloon_demo_train"]}
+        study = read_study(write_yaml(ARMS=arms, COMMON=common, SUBSETS=1))
+        return next(t.key for t in plan(study, {}) if isinstance(t, Pretraining))
+
+    file.write_text("{}")
+    searched, from_file, from_labels = map(key, ("grid", str(file), "annotations"))
+    file.write_text('{"annotations": []}')
+    rows[0]["annotations"][0]["bbox"][2] += 1
+    classes = MetadataCatalog.get("balloon_demo_train").thing_classes
+    register_dataset("balloon_demo_train", lambda: rows, thing_classes=classes)
+    assert key("grid") == searched
+    assert key(str(file)) != from_file and key("annotations") != from_labels
 
 
 def test_a_cpus_time_is_not_a_gpus(write_yaml):
