@@ -53,8 +53,11 @@ def has_bf16(device: str) -> bool:
     """Whether a device ("cuda", "cpu", ...) computes in bf16, rather than imitating it."""
     import torch
 
+    if device != "cuda":
+        return True
     # torch.cuda.is_bf16_supported says yes to an imitation, and before torch 2.4 cannot be asked.
-    return device != "cuda" or torch.version.hip or torch.cuda.get_device_capability()[0] >= 8
+    imitates = torch.version.hip is None and torch.cuda.get_device_capability()[0] < 8
+    return not imitates
 
 
 def has_compiled_ops() -> bool:

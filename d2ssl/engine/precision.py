@@ -33,12 +33,14 @@ def apply_precision(model: nn.Module, bf16: bool) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, ROIPooler):
             module.register_forward_pre_hook(_float_features)
-        elif name.rsplit(".", 1)[-1] in _OUTPUT_MODULES or isinstance(
-            module,
-            FastRCNNOutputLayers,  # Cascade R-CNN has a list of them
-        ):
+        # Not by name alone: Cascade R-CNN has a list of box predictors.
+        elif isinstance(module, FastRCNNOutputLayers) or _last(name) in _OUTPUT_MODULES:
             module.register_forward_hook(_float_output)
     return model
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def _float_features(pooler, args):

@@ -113,8 +113,11 @@ def plan(
     if not cfgs:
         raise D2SSLError("no method to compare; name yamls such as configs/methods/*.yaml")
     _refuse_incomparable(cfgs)
+    inputs = {
+        name: [pretraining_inputs(cfg), file_hash(cfg.MODEL.WEIGHTS)] for name, cfg in cfgs.items()
+    }
     return [
-        _run(name, cfg, drawn[name], seed, views, output)
+        _run(name, cfg, inputs[name], drawn[name], seed, views, output)
         for seed in dict.fromkeys(seeds)
         for name, cfg in cfgs.items()
     ]
@@ -151,7 +154,7 @@ def _refuse_incomparable(cfgs: Dict[str, object]) -> None:
                 )
 
 
-def _run(name: str, cfg, per_photo: int, seed: int, views: int, output: str) -> Run:
+def _run(name: str, cfg, inputs: List, per_photo: int, seed: int, views: int, output: str) -> Run:
     cfg = cfg.clone()
     cfg.defrost()
     solver = cfg.SSL.SOLVER
@@ -168,7 +171,6 @@ def _run(name: str, cfg, per_photo: int, seed: int, views: int, output: str) -> 
     solver.MAX_ITER = steps
     solver.CHECKPOINT_PERIOD = steps + 1  # none on the way
     cfg.SEED = seed
-    inputs = [pretraining_inputs(cfg), file_hash(cfg.MODEL.WEIGHTS)]
     key = json.dumps([cfg.dump(), protocol(), inputs])
     key = hashlib.sha256(key.encode()).hexdigest()[:16]
     cfg.OUTPUT_DIR = os.path.join(output, name, f"seed{seed}")
