@@ -121,6 +121,9 @@ def add_ssl_config(cfg: CN) -> None:
     ssl.SELF_TRAINING.AT = (0.5,)  # after these shares of SOLVER.MAX_ITER
     ssl.SELF_TRAINING.SCORE = 0.6  # what is found with at least this score becomes a label,
     ssl.SELF_TRAINING.UNSURE = 0.1  # what has at least this one is painted over: neither is right
+    # To label a photo it looks at it at these multiples of the test size, each time mirrored, too,
+    # and what it finds is merged (Detectron2's test-time augmentation); none: one look, as in tests
+    ssl.SELF_TRAINING.SCALES = ()  # e.g. (0.8, 1.0, 1.25)
     ssl.SELF_TRAINING.LABELED = 0.5  # share of photos with labels of their own, from then on
 
     # What fine-tuning can do beyond stock Detectron2; at its defaults it is stock.
@@ -301,6 +304,26 @@ def _check(cfg: CN) -> None:
         f"SSL.SELF_TRAINING: UNSURE {self_training.UNSURE} and SCORE {self_training.SCORE}: give "
         "0 < UNSURE <= SCORE <= 1",
     )
+    scales = self_training.SCALES
+    require(
+        all(type(x) in (int, float) and 0 < x < math.inf for x in scales),
+        f"SSL.SELF_TRAINING.SCALES {scales}: give multiples of the test size, e.g. (0.8, 1.0)",
+    )
+    require(
+        not scales or cfg.INPUT.MIN_SIZE_TEST > 0,
+        "SSL.SELF_TRAINING.SCALES are of the test size: set INPUT.MIN_SIZE_TEST",
+    )
+    for key, wanted in (
+        ("TEST.AUG.ENABLED", cfg.TEST.AUG.ENABLED),
+        ("SSL.SELF_TRAINING.SCALES", self_training.ENABLED and scales),
+    ):
+        require(
+            not wanted
+            or cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+            and not (cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS),
+            f"{key}: Detectron2's test-time augmentation is for GeneralizedRCNN without keypoints "
+            "and precomputed proposals; leave its default",
+        )
     require(
         not (self_training.ENABLED and cfg.MODEL.KEYPOINT_ON),
         "SSL.SELF_TRAINING makes no keypoints: set MODEL.KEYPOINT_ON False, or ENABLED False",

@@ -114,6 +114,8 @@ def finetune(cfg, resume: bool = False) -> Dict:
     trainer.train()
     weights = trainer.save_weights("model_result")
     results = trainer.last_results
+    if results and stage.TEST.AUG.ENABLED:
+        results = {**results, **trainer.evaluate_with_tta()}
     if results and comm.is_main_process():
         _write_results(stage, results, weights)
     return results
@@ -136,6 +138,8 @@ def evaluate_only(cfg) -> Dict:
         logger.warning("Not all of the detector is in this file.\n%s", report)
     apply_precision(model, cfg.SOLVER.AMP.ENABLED)
     results = FinetuneTrainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results = {**results, **FinetuneTrainer.test_with_tta(cfg, model)}
     if comm.is_main_process():
         _write_results(cfg, results, cfg.MODEL.WEIGHTS)
     return results

@@ -215,6 +215,33 @@ def test_pretraining_is_gone_before_the_hand_off(tiny_cfg, monkeypatch):
     assert not left
 
 
+def test_augmented_evaluation(tiny_cfg, tmp_path):
+    """One copy of a photo, as it is: what the detector finds without it, in bf16 as well."""
+    from d2ssl import pipeline
+
+    opts = ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(96,)", "TEST.AUG.MAX_SIZE", "128"]
+    opts += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]  # it has hardly learnt
+    once = [*opts, "TEST.AUG.FLIP", "False", "SSL.ENABLED", "False", "SOLVER.AMP.ENABLED", "True"]
+    trained = pipeline.run(tiny_cfg(*once))
+    folder = tmp_path / "out/finetune"
+    assert results(folder).keys() == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
+    usual, augmented = (
+        json.loads((folder / name / "coco_instances_results.json").read_text())
+        for name in ("inference", "inference_TTA")
+    )
+    assert len(usual) > 20
+    assert [found["score"] for found in augmented] == [found["score"] for found in usual]
+    for ours, theirs in zip(augmented, usual):
+        assert ours["bbox"] == pytest.approx(theirs["bbox"], abs=1e-3)
+    assert "Masks, augmented (TTA)" in (tmp_path / "out/report.html").read_text()
+    weights = ["MODEL.WEIGHTS", str(folder / "model_result.pth")]
+    evaluated = pipeline.evaluate_only(tiny_cfg(*once, *weights, output_dir=tmp_path / "again"))
+    assert str(evaluated) == str(trained)
+    assert str(pipeline.evaluate_only(tiny_cfg(*once, *weights, "TEST.AUG.FLIP", "True"))) != str(
+        evaluated
+    )
+
+
 def test_evaluation_needs_no_unlabelled_photos(tiny_cfg, tmp_path):
     from d2ssl import pipeline
 

@@ -290,8 +290,13 @@ def _equal_crops(images: List[torch.Tensor]) -> List[torch.Tensor]:
     return [i[:, t : t + height, x : x + width] for i, t, x in zip(images, tops, lefts)]
 
 
-def mapper_at_test_size(cfg, mask_format: str = "") -> DetectionMapper:
-    """A photo at test size as the detector is given it then, its annotations with it."""
+def mapper_at_test_size(cfg, mask_format: str = "", scale: float = 1.0) -> DetectionMapper:
+    """A photo at test size, times ``scale``, as the detector is given it then, its annotations
+    with it."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    for key in ("MIN_SIZE_TEST", "MAX_SIZE_TEST"):
+        cfg.INPUT[key] = round(scale * cfg.INPUT[key])
     return DetectionMapper(cfg, read_photo, is_train=False, mask_format=mask_format)
 
 

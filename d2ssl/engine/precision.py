@@ -16,7 +16,7 @@ _OUTPUT_MODULES = ("rpn_head", "box_predictor", "predictor")
 
 
 def apply_precision(model: nn.Module, bf16: bool) -> nn.Module:
-    """Run ``model.forward`` in bf16 autocast with channels_last weights, in place.
+    """Run a model in bf16 autocast with channels_last weights, in place.
 
     Detectron2's ``AMPTrainer`` is CUDA and fp16 only. bf16 has the range of fp32, so no gradient
     scaling is needed. Three things stay fp32: RoIAlign (its boxes would be rounded to the
@@ -29,7 +29,9 @@ def apply_precision(model: nn.Module, bf16: bool) -> nn.Module:
         logger.warning("This GPU has no bf16 (it came with Ampere); training in fp32 instead.")
         return model
     model.to(memory_format=torch.channels_last)
-    model.forward = torch.autocast(device, dtype=torch.bfloat16)(model.forward)
+    for name in ("forward", "inference"):  # test-time augmentation calls the second
+        if hasattr(model, name):
+            setattr(model, name, torch.autocast(device, torch.bfloat16)(getattr(model, name)))
     for name, module in model.named_modules():
         if isinstance(module, ROIPooler):
             module.register_forward_pre_hook(_float_features)

@@ -18,6 +18,7 @@ import pycocotools.mask as coco_mask
 import torch
 from detectron2.engine import HookBase
 from detectron2.evaluation import inference_context
+from detectron2.modeling import DatasetMapperTTA, GeneralizedRCNNWithTTA
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch import nn
@@ -31,6 +32,7 @@ from d2ssl.data.masks import encode
 logger = logging.getLogger("d2ssl")
 
 LABELS = "labels"  # how their files begin
+ANY_SIDE = 1 << 30  # px
 
 
 def label_files(folder: str) -> List[str]:
@@ -89,6 +91,30 @@ class LabelPhotos(HookBase):
 
     def _file(self, iteration: int) -> str:
         return os.path.join(self.folder, f"{LABELS}_{iteration:07d}.json")
+
+
+class MirroredAtScales:
+    """The copies of a photo that ``GeneralizedRCNNWithTTA`` is to look at: at each scale one as it
+    is and one mirrored.
+
+    Args:
+        scales: in any unit; the photo is given at the largest.
+    """
+
+    def __init__(self, scales: Sequence[float]):
+        self.factors = [scale / max(scales) for scale in scales]
+
+    def __call__(self, example: dict) -> List[dict]:
+        side = min(example["image"].shape[-2:])
+        # Detectron2 limits the long side, too, by one number for all scales: here it is done.
+        sides = [round(side * factor) for factor in self.factors]
+        return DatasetMapperTTA(sides, ANY_SIDE, flip=True)(example)
+
+
+def mirrored_at_scales(cfg, model: nn.Module, scales: Sequence[float]) -> nn.Module:
+    """A detector that looks at copies of a photo, see :class:`MirroredAtScales`: the best boxes of
+    all (after NMS), with the mean of their masks."""
+    return GeneralizedRCNNWithTTA(cfg, model, MirroredAtScales(scales))
 
 
 @torch.no_grad()

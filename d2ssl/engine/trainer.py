@@ -11,7 +11,7 @@ import torch
 from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.utils import comm
 from torch import nn
 
@@ -39,7 +39,7 @@ from d2ssl.engine.checkpoint import (
 from d2ssl.engine.coco import build_evaluator, flatten
 from d2ssl.engine.launch import distribute
 from d2ssl.engine.precision import apply_precision
-from d2ssl.engine.self_training import LabelPhotos, detect
+from d2ssl.engine.self_training import LabelPhotos, detect, mirrored_at_scales
 from d2ssl.engine.solver import (
     build_optimizer,
     load_optimizer,
@@ -418,12 +418,15 @@ class FinetuneTrainer(Trainer):
     def _self_training(self) -> List[LabelPhotos]:
         """The hook; none where each photo has labels."""
         cfg, options = self.cfg, self.cfg.SSL.SELF_TRAINING
-        stream, mapper = self.loader.stream, mapper_at_test_size(self.cfg)
+        stream, scales, model = self.loader.stream, options.SCALES, self.module
         labeled, order = stream.dicts, stream.order
+        mapper = mapper_at_test_size(cfg, scale=max(scales, default=1.0))
+        if scales:
+            model = mirrored_at_scales(cfg, model, scales)
 
         def label(photos):
             with self._reported_weights():
-                return detect(self.module, photos, mapper, options.SCORE, options.UNSURE)
+                return detect(model, photos, mapper, options.SCORE, options.UNSURE)
 
         def use(found):
             if found:
@@ -458,6 +461,21 @@ class FinetuneTrainer(Trainer):
         if cfg is None:
             self.last_results = results
         return results
+
+    def evaluate_with_tta(self) -> dict:
+        """The same by :meth:`test_with_tta`."""
+        with self._reported_weights():
+            return self.test_with_tta(self.cfg, self.module)
+
+    @classmethod
+    def test_with_tta(cls, cfg, model) -> dict:
+        """Results with test-time augmentation (``TEST.AUG``), named as by Detectron2's own script:
+        ``bbox_TTA`` and ``segm_TTA``, or of several sets their names with ``_TTA``."""
+        logger.info("Evaluating with test-time augmentation")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [build_evaluator(name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{key}_TTA": value for key, value in results.items()}
 
     def evaluate_on_dev(self) -> Dict[str, float]:
         """Flat results on the dev set, see :func:`~d2ssl.engine.coco.flatten`."""

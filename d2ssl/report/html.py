@@ -96,6 +96,8 @@ def _ap_table(tasks: Dict[str, Dict[str, float]]) -> str:
     names = {
         "segm": "Masks",
         "bbox": "Boxes",
+        "segm_TTA": "Masks, augmented (TTA)",
+        "bbox_TTA": "Boxes, augmented (TTA)",
         "open_images_segm": "Masks, by the challenge",
         "open_images_bbox": "Boxes, by the challenge",
     }

@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
@@ -12,10 +13,23 @@ from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 
 from d2ssl.config import finetune_cfg
-from d2ssl.data.build import load_dicts, register_datasets, unlabeled_photos
+from d2ssl.data.build import (
+    load_dicts,
+    mapper_at_test_size,
+    register_datasets,
+    unlabeled_photos,
+)
 from d2ssl.data.datasets import register_balloon, register_coco, register_image_folder
 from d2ssl.engine.launch import launch
-from d2ssl.engine.self_training import annotations, label_files, read_labels, write_labels
+from d2ssl.engine.self_training import (
+    MirroredAtScales,
+    annotations,
+    detect,
+    label_files,
+    mirrored_at_scales,
+    read_labels,
+    write_labels,
+)
 from d2ssl.engine.trainer import FinetuneTrainer
 from d2ssl.errors import D2SSLError
 from d2ssl.pipeline import run
@@ -142,7 +156,7 @@ def self_cfg(tiny_cfg, *opts, **kwargs):
     [
         ["SSL.SELF_TRAINING.AT", "(0.25,)", "DATALOADER.NUM_WORKERS", "1"],
         ["SSL.SELF_TRAINING.AT", "(0.5,)", "MODEL.MASK_ON", "False"],
-        ["SSL.SELF_TRAINING.AT", "(0.25, 0.5)"],
+        ["SSL.SELF_TRAINING.AT", "(0.25, 0.5)", "SSL.SELF_TRAINING.SCALES", "(0.8, 1.0)"],
     ],
 )
 def test_resume_is_exact(tiny_cfg, tmp_path, opts):
@@ -156,6 +170,45 @@ def test_resume_is_exact(tiny_cfg, tmp_path, opts):
     assert resumed.start_iter == 2
     resumed.train()
     assert_identical(final_state(whole.OUTPUT_DIR), final_state(parts.OUTPUT_DIR))
+
+
+def test_a_mirrored_photo_is_labelled_alike(tiny_cfg, photos, tmp_path):
+    """Looking at it mirrored, too; and otherwise not."""
+    cfg = self_cfg(tiny_cfg)
+    model, mapper = FinetuneTrainer(cfg).module, mapper_at_test_size(cfg)
+
+    def found(model, photo):
+        (rows,) = detect(model, [photo], mapper, score=0.06, unsure=0.05)
+        return rows
+
+    mirrored = {**photos[0], "file_name": str(tmp_path / "mirrored.png")}
+    cv2.imwrite(mirrored["file_name"], cv2.imread(photos[0]["file_name"])[:, ::-1])
+    both = mirrored_at_scales(cfg, model, [1.0])
+    rows, others = found(both, photos[0]), found(both, mirrored)
+    assert len(rows) > 5
+    scores, other_scores = ([row["score"] for row in found] for found in (rows, others))
+    assert other_scores == pytest.approx(scores, abs=1e-3)
+    masks = [coco_mask.decode(row["segmentation"]) for row in rows]
+    for mask, other in zip(masks, others):
+        assert (mask[:, ::-1] != coco_mask.decode(other["segmentation"])).mean() < 0.01
+    assert [row["score"] for row in found(model, mirrored)] != pytest.approx(
+        [row["score"] for row in found(model, photos[0])], abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("limit", [128, 100])  # the long side, a third more than the short one
+def test_copies_have_the_sizes_of_the_scales(tiny_cfg, photos, limit):
+    cfg = self_cfg(tiny_cfg, "INPUT.MAX_SIZE_TEST", str(limit))
+    scales = 1.0, 1.5, 0.5
+    copies = MirroredAtScales(scales)(mapper_at_test_size(cfg, scale=1.5)(photos[0]))
+    for scale, (plain, mirrored) in zip(scales, zip(copies[::2], copies[1::2])):
+        size = mapper_at_test_size(cfg, scale=scale)(photos[0])["image"].shape
+        assert plain["image"].shape == mirrored["image"].shape == size
+        assert torch.equal(plain["image"].flip(2), mirrored["image"])
+        box = np.array([[10.0, 20, 40, 60]])  # of the photo, and back to it
+        for example in (plain, mirrored):
+            moves = example["transforms"]
+            assert np.allclose(moves.inverse().apply_box(moves.apply_box(box)), box, atol=1e-3)
 
 
 def test_the_labels_change_what_is_learnt(tiny_cfg, tmp_path, caplog):
@@ -227,6 +280,13 @@ def file_names(name):
         (["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.3"], "nothing below .*SCORE_THRESH_TEST 0.3"),
         (["SSL.DATASETS", "()"], "SSL.DATASETS is empty.*SELF_TRAINING"),
         (["MODEL.KEYPOINT_ON", "True"], "KEYPOINT_ON False"),
+        (["SSL.SELF_TRAINING.SCALES", "(1.0, 0)"], "SCALES .*multiples of the test size"),
+        (["SSL.SELF_TRAINING.SCALES", "(1.0,)", "INPUT.MIN_SIZE_TEST", "0"], "MIN_SIZE_TEST"),
+        (
+            ["SSL.SELF_TRAINING.SCALES", "(1.0,)", "MODEL.META_ARCHITECTURE", "RetinaNet"],
+            "SCALES: .* GeneralizedRCNN",
+        ),
+        (["TEST.AUG.ENABLED", "True", "MODEL.LOAD_PROPOSALS", "True"], "TEST.AUG.ENABLED: "),
     ],
 )
 def test_options_that_cannot_be(tiny_cfg, opts, message):
