@@ -320,9 +320,9 @@ def _check(cfg: CN) -> None:
         require(
             not wanted
             or cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
-            and not (cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS),
-            f"{key}: Detectron2's test-time augmentation is for GeneralizedRCNN without keypoints "
-            "and precomputed proposals; leave its default",
+            and not cfg.MODEL.KEYPOINT_ON,
+            f"{key}: Detectron2's test-time augmentation is for GeneralizedRCNN without keypoints; "
+            "leave its default",
         )
     require(
         not (self_training.ENABLED and cfg.MODEL.KEYPOINT_ON),
@@ -388,6 +388,10 @@ def _check(cfg: CN) -> None:
     require(
         not cfg.TEST.PRECISE_BN.ENABLED,
         "TEST.PRECISE_BN is not supported: the hand-off measures statistics anew; set it False",
+    )
+    require(
+        not cfg.MODEL.LOAD_PROPOSALS,
+        "MODEL.LOAD_PROPOSALS is not supported: the detector finds its own; set it False",
     )
     one_of("INPUT.FORMAT", cfg.INPUT.FORMAT, ("BGR", "RGB"))
     for solver in (cfg.SOLVER, ssl.SOLVER):

@@ -8,6 +8,7 @@ import os
 from typing import Dict
 
 import torch
+from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
@@ -73,6 +74,7 @@ def run(cfg, stage: str = "all", resume: bool = False) -> Dict:
         results = finetune(cfg, resume)
     if comm.is_main_process():
         logger.info("Report: %s", write_report(cfg))
+    _compare_with_expected(cfg, results)
     return results
 
 
@@ -142,7 +144,14 @@ def evaluate_only(cfg) -> Dict:
         results = {**results, **FinetuneTrainer.test_with_tta(cfg, model)}
     if comm.is_main_process():
         _write_results(cfg, results, cfg.MODEL.WEIGHTS)
+    _compare_with_expected(cfg, results)
     return results
+
+
+def _compare_with_expected(cfg, results: Dict) -> None:
+    """With ``TEST.EXPECTED_RESULTS``: exit code 1 where others came out, as in Detectron2."""
+    if results and comm.is_main_process():
+        verify_results(cfg, results)
 
 
 def _start(stage, resume: bool) -> None:

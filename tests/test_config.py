@@ -66,6 +66,7 @@ def test_classes_of_weights_are_a_name_or_names(value, tmp_path):
         (["SSL.TRAIN", "['neck']"], "SSL.TRAIN neck: choose from bottom_up, fpn, box_head"),
         (["SSL.FPN_NORM", "GN"], 'SSL.FPN_NORM GN: choose from "", BN'),
         (["TEST.PRECISE_BN.ENABLED", "True"], "TEST.PRECISE_BN is not supported"),
+        (["MODEL.LOAD_PROPOSALS", "True"], "MODEL.LOAD_PROPOSALS is not supported"),
         (["SSL.DATASETS", "()"], "SSL.DATASETS is empty"),
         (["SSL.PRECISION", "fp16"], "choose from bf16, fp32"),
         (["SOLVER.MAX_ITER", "many"], "Type mismatch"),

@@ -235,11 +235,13 @@ def test_augmented_evaluation(tiny_cfg, tmp_path):
         assert ours["bbox"] == pytest.approx(theirs["bbox"], abs=1e-3)
     assert "Masks, augmented (TTA)" in (tmp_path / "out/report.html").read_text()
     weights = ["MODEL.WEIGHTS", str(folder / "model_result.pth")]
-    evaluated = pipeline.evaluate_only(tiny_cfg(*once, *weights, output_dir=tmp_path / "again"))
-    assert str(evaluated) == str(trained)
-    assert str(pipeline.evaluate_only(tiny_cfg(*once, *weights, "TEST.AUG.FLIP", "True"))) != str(
-        evaluated
-    )
+    ap = trained["bbox_TTA"]["AP"]
+    assert ap > 0
+    weights += ["TEST.EXPECTED_RESULTS", f'[["bbox_TTA", "AP", {ap}, 1e-9]]']
+    again = tiny_cfg(*once, *weights, output_dir=tmp_path / "again")
+    assert str(pipeline.evaluate_only(again)) == str(trained)
+    with pytest.raises(SystemExit, match="1"):
+        pipeline.evaluate_only(tiny_cfg(*once, *weights, "TEST.AUG.FLIP", "True"))
 
 
 def test_evaluation_needs_no_unlabelled_photos(tiny_cfg, tmp_path):

@@ -286,7 +286,7 @@ def file_names(name):
             ["SSL.SELF_TRAINING.SCALES", "(1.0,)", "MODEL.META_ARCHITECTURE", "RetinaNet"],
             "SCALES: .* GeneralizedRCNN",
         ),
-        (["TEST.AUG.ENABLED", "True", "MODEL.LOAD_PROPOSALS", "True"], "TEST.AUG.ENABLED: "),
+        (["TEST.AUG.ENABLED", "True", "MODEL.META_ARCHITECTURE", "RetinaNet"], "TEST.AUG.ENABLED"),
     ],
 )
 def test_options_that_cannot_be(tiny_cfg, opts, message):
