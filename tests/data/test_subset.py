@@ -185,6 +185,15 @@ def test_the_last_entries_are_what_the_first_leave(seed, classes, request):
     assert (ids(f"{name}@-13{seed}") == list(range(48, 61))) == (not seed)
 
 
+def test_a_part_of_a_part(base):
+    whole = ids(f"{base}@12#seed1")
+    DatasetCatalog.remove(f"{base}@12#seed1")  # another process knows the name alone
+    part, rest = ids(f"{base}@12#seed1@4#seed0"), ids(f"{base}@12#seed1@-8#seed0")
+    assert len(part) == 4 and sorted(part + rest) == whole
+    assert part != ids(f"{base}@4#seed0")
+    assert MetadataCatalog.get(f"{base}@12#seed1@4#seed0").thing_classes == ["a", "b"]
+
+
 def test_more_than_there_are(base):
     for name in (f"{base}@21", f"{base}@21#seed0", f"{base}@-21", f"{base}@-21#seed0"):
         ensure_registered([name])
@@ -242,4 +251,4 @@ def test_a_set_whose_own_name_has_an_at_sign(base):
     register_dataset("my@set", lambda: [{"image_id": 5}, {"image_id": 6}])
     assert ids("my@set@1") == [5]
     with pytest.raises(D2SSLError, match=f"did you mean '{base}@2'"):
-        ensure_registered([f"{base}@4@2"])
+        ensure_registered([f"{base}@x@2"])

@@ -5,7 +5,8 @@ Parts of a registered set by name, for label-efficiency studies.
 random 16 of them, and where a set has several classes a stratified one. Of one seed the smaller
 choice lies in the larger, and in each the entries keep the order of the whole set.
 ``balloon_train@-13`` and ``balloon_train@-13#seed3`` are the last 13 of the same orders: what is
-left of the 61 entries when the first 48 are taken.
+left of the 61 entries when the first 48 are taken. A part has parts, too:
+``balloon_train@48@16#seed3``.
 """
 
 import difflib
@@ -41,6 +42,8 @@ def ensure_registered(names: Iterable[str]) -> None:
             continue
         match = _NAME.fullmatch(name)
         base = match["base"] if match else name.rpartition("@")[0] or name
+        if match and _NAME.fullmatch(base):
+            ensure_registered([base])
         if base not in DatasetCatalog.list():
             raise D2SSLError(f"data set {name!r}: not registered; {_advice(base, name)}")
         if not match:
