@@ -239,6 +239,8 @@ def _explain(cfg: CN, error: Exception) -> str:
     key = match.group(1)
     if key in STUDY_KEYS:
         return f"config key {key} is a study's: give this file to tools/study.py"
+    if key in leaves(cfg):
+        return f"config key {key}: in a yaml its parts are levels, {key.replace('.', ': {')}: ..."
     keys = list(_leaf_keys(cfg))
     # A typo in the last name is likelier than one in the path, so that is looked for first.
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)

@@ -112,6 +112,9 @@ def test_missing_file_and_unknown_key_in_file(tmp_path):
     bad.write_text("SSL:\n  METOD: SoCo\n")
     with pytest.raises(D2SSLError, match="nearest is SSL.METHOD"):
         load_cfg(str(bad))
+    bad.write_text("SSL.REGISTER: ['my_photos:register_all']\n")
+    with pytest.raises(D2SSLError, match="SSL.REGISTER: in a yaml .* SSL: {REGISTER: ..."):
+        load_cfg(str(bad))
 
 
 def test_stock_detectron2_gets_an_lr_for_its_own_optimizer():

@@ -2,7 +2,7 @@
 """Look at data sets before training on them: damaged photos, wrong labels, the same photo twice.
 
     tools/check_dataset.py balloon_train balloon_val
-    tools/check_dataset.py my_train my_val --register my_sets:register --config-file my.yaml
+    tools/check_dataset.py my_train my_val --register my_sets:register_all --config-file my.yaml
     tools/check_dataset.py my_photos INPUT.MIN_SIZE_TEST 512 SSL.INPUT.VIEW_SIZE 320
 
 Any registered sets; several are compared with one another, as the splits of one. A set is taken

@@ -2,8 +2,8 @@
 """Pretrain several methods for the same number of photo views, and compare what came of it.
 
 tools/compare_methods.py configs/methods/*.yaml --seeds 0 1 2 --views 4096 --output output/methods
-tools/compare_methods.py configs/methods/soco.yaml configs/methods/moco.yaml --heldout my_photos \\
-    MODEL.WEIGHTS "" SSL.INPUT.VIEW_SIZE 128
+tools/compare_methods.py configs/methods/soco.yaml configs/methods/moco.yaml --heldout my_test \\
+    --register my_photos:register_all MODEL.WEIGHTS "" SSL.INPUT.VIEW_SIZE 128
 
 A run that is finished is not repeated when the command is given again; one that failed is.
 In the folder of --output:
@@ -25,6 +25,7 @@ from pathlib import Path
 
 from d2ssl.compat import require_detectron2
 from d2ssl.errors import exit_on_error
+from d2ssl.options import add_register
 
 METHODS = Path(__file__).resolve().parents[1] / "configs" / "methods"
 
@@ -60,6 +61,7 @@ def parse_args(argv=None):
         metavar="NAME",
         help="data set whose boxes are to be found again (default: DATASETS.TEST)",
     )
+    add_register(parser)
     parser.add_argument("--output", default="output/methods", metavar="DIR", help="%(default)s")
     args = parser.parse_intermixed_args(argv)
     # --seeds takes all words up to the next option, so overrides behind it are among them.
@@ -74,11 +76,13 @@ def parse_args(argv=None):
 
 
 def main(args, command):
+    from d2ssl.data.build import call_register_functions
     from d2ssl.evaluation import compare
     from d2ssl.evaluation.retrieval import BoxRetrieval
     from d2ssl.report.comparison import write_comparison
 
     files = args.files or sorted(glob.glob(str(METHODS / "*.yaml")))
+    call_register_functions(args.register, "--register")
     runs = compare.plan(files, args.opts, args.seeds, args.views, args.output, args.heldout)
     task = BoxRetrieval(runs[0].cfg, runs[0].cfg.DATASETS.TEST)
     results = [compare.finished(run) for run in runs]

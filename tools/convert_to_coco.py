@@ -3,7 +3,7 @@
 
 tools/convert_to_coco.py --dataset balloon_train --output balloon_train.json
 tools/convert_to_coco.py --dataset "balloon_train@16#seed3" --output balloon_16.json --rle
-tools/convert_to_coco.py --register my_sets:register_all --dataset kittens_val --output kittens.json
+tools/convert_to_coco.py --register my_sets:register_all --dataset pets_test --output pets.json
 
 Polygons stay polygons, masks without holes become polygons, and masks with holes and crowds
 become RLE. Photos without annotations are kept. Photos are not copied: the file names them from

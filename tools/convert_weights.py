@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Lay a ResNet that was trained elsewhere under a Detectron2 detector.
 
-    tools/convert_weights.py resnet50.pth --config-file my.yaml --output donor.pth
+    tools/convert_weights.py resnet50.pth --config-file my.yaml --output donor.pth \\
+        MODEL.RESNETS.STRIDE_IN_1X1 False
     tools/convert_weights.py moco_v2_800ep_pretrain.pth.tar --onto coco_mask_rcnn.pkl \\
         --config-file my.yaml --output coco_over_moco.pth MODEL.RESNETS.STRIDE_IN_1X1 False
 

@@ -3,7 +3,8 @@
 
 tools/study.py --config-file configs/study/balloon.yaml --dry-run      the runs, and how long
 tools/study.py --config-file configs/study/balloon.yaml
-tools/study.py --config-file configs/study/balloon.yaml SEEDS 3 SOLVER.MAX_ITER 800
+tools/study.py --config-file configs/study/balloon.yaml SEEDS 3 \\
+    SOLVER.MAX_ITER 800 SOLVER.STEPS "(640,)"
 tools/study.py --config-file configs/study/balloon.yaml --cluster slurm --jobs 16 \\
     --slurm partition=gpu --slurm cpus_per_task=8 --slurm mem=16GB
 
@@ -71,7 +72,7 @@ def parse_args(argv=None):
         "opts",
         nargs="*",
         metavar="KEY VALUE",
-        help="override keys of the study (SEEDS 3, BUDGETS [8,16]), or config keys in all arms",
+        help="override keys of the study (SEEDS 3, BUDGETS [8,16]), or config keys of all arms",
     )
     args = parser.parse_intermixed_args(argv)
     if args.jobs < 0:

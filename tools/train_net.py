@@ -3,8 +3,9 @@
 
 tools/train_net.py --config-file configs/ssl_fpn_balloon.yaml
 tools/train_net.py --config-file ... --resume
-tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/finetune/model_result.pth
-tools/train_net.py --config-file ... SSL.ENABLED False SOLVER.MAX_ITER 1000
+tools/train_net.py --config-file ... --eval-only \\
+    MODEL.WEIGHTS output/ssl_fpn_balloon/finetune/model_result.pth
+tools/train_net.py --config-file ... SSL.ENABLED False SOLVER.MAX_ITER 1000 SOLVER.STEPS "(800,)"
 """
 
 import argparse

@@ -6,7 +6,8 @@
     tools/visualize_data.py --source training --config-file configs/ssl_fpn_balloon.yaml \\
         --output training.html SSL.FINETUNE.COPY_PASTE 0.5
     tools/visualize_data.py --source predictions --dataset balloon_val --output found.html \\
-        --predictions output/finetune/inference/coco_instances_results.json --sort confidence
+        --predictions output/ssl_fpn_balloon/finetune/inference/coco_instances_results.json \\
+        --sort confidence
 
 --output is a folder for picture files, or one HTML page, which needs no other file, if it ends in
 .html. views shows what SSL.METHOD draws and, where it compares cells or regions, which are the same

@@ -9,6 +9,7 @@ from typing import Dict, Iterator, Tuple
 
 import numpy as np
 import torch
+from detectron2.utils.file_io import PathManager
 
 from d2ssl.config import get_key
 from d2ssl.errors import D2SSLError
@@ -25,9 +26,18 @@ TORCHVISION = {
 def read(path: str) -> Dict:
     """The content of a checkpoint, on the CPU.
 
+    Args:
+        path: of a file, or an address that Detectron2 knows (detectron2://..., https://...), which
+            is downloaded once.
+
     Raises:
         D2SSLError: no such file, or not a checkpoint.
     """
+    if "://" in path:
+        try:
+            path = PathManager.get_local_path(path)
+        except Exception as error:  # whatever its handler raises
+            raise D2SSLError(f"{path}: {' '.join(str(error).split())}") from error
     if not os.path.isfile(path):
         raise D2SSLError(f"{path}: no such file")
     try:

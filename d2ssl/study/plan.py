@@ -281,6 +281,11 @@ def read_study(
         else:
             raise D2SSLError(_unknown(key, DEFAULTS, "overrides"))
     _check_types(file, asked)
+    for name, overlay in asked["ARMS"].items():
+        for key in common.keys() & (overlay or {}).keys():
+            raise D2SSLError(
+                f"{key}: arm {name} sets it, and an override is for all arms: change it in {file}"
+            )
     common = {**asked["COMMON"], **common}
     base = os.path.join(os.path.dirname(file), asked["CONFIG"])
     if not os.path.isfile(base):

@@ -1,11 +1,14 @@
 """tools/convert_weights.py: the network under the detector computes what the donor does."""
 
 import argparse
+import functools
 import importlib.util
 import os
 import pickle
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -253,6 +256,27 @@ def test_heads_of_a_detector_are_kept(command, nets, photo, tmp_path):
         code, _, err = command(donor, output, "--onto", tmp_path / name, *DEPTH[18], *change)
         assert code == 2 and message in err and err.count("\n") == 1, err
     assert output.read_bytes() == before
+
+
+def test_onto_a_detector_at_an_address(command, nets, tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    cfg = load_cfg(BASE, ["SSL.ENABLED", "False", "MODEL.DEVICE", "cpu", *SMALL, *DEPTH[18]])
+    state = build_model(cfg).state_dict()
+    (tmp_path / "web").mkdir()
+    save(tmp_path / "web" / "detector.pth", {"model": state})
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path / "web")
+    donor, output = save(tmp_path / "donor.pth", nets[18].state_dict()), tmp_path / "out.pth"
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        found = command(donor, output, "--onto", f"{address}/detector.pth", *DEPTH[18])
+        missing = command(donor, output, "--onto", f"{address}/none.pth", *DEPTH[18])
+        server.shutdown()
+    assert found[0] == 0, found
+    name = "backbone.fpn_lateral2.weight"
+    assert torch.equal(torch.load(output, weights_only=True)["model"][name], state[name])
+    line = missing[2].splitlines()[-1]  # above it are a progress bar and the server's words
+    assert missing[0] == 2 and line.startswith("error: http") and "none.pth: HTTP Error 404" in line
 
 
 # ---- what is refused

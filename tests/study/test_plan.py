@@ -230,6 +230,14 @@ def test_weights_count_by_what_is_in_them(write_yaml, tmp_path):
     assert a == b and not set(a) & set(c)
 
 
+def test_an_override_reaches_all_arms_or_is_refused(write_yaml):
+    arms = {"scratch": {"SSL.ENABLED": False}, "soco": {"SSL.SOLVER.MAX_ITER": 3}}
+    study = read_study(write_yaml(ARMS=arms), ["SOLVER.BASE_LR", "0.3"])
+    assert {arm.cfg.SOLVER.BASE_LR for arm in study.arms.values()} == {0.3}
+    with pytest.raises(D2SSLError, match="SSL.SOLVER.MAX_ITER: arm soco sets it, .*change it in"):
+        read_study(write_yaml(ARMS=arms), ["SSL.SOLVER.MAX_ITER", "9"])
+
+
 def test_on_slurm_the_gpu_need_not_be_here(write_yaml):
     devices = [
         read_study(write_yaml(), opts, elsewhere=elsewhere).arms["scratch"].cfg.MODEL.DEVICE
