@@ -44,7 +44,7 @@ def add_ssl_config(cfg: CN) -> None:
     ssl.ENABLED = True  # False: plain fine-tuning from MODEL.WEIGHTS
     ssl.METHOD = "SoCo"  # a registered pretext method, see configs/methods/
     ssl.METHODS = []  # several at once with weights: [["SoCo", 1.0], ["Colorization", 5.0]]
-    ssl.DATASETS = ()  # photos to pretrain on; of labels, PROPOSALS.SOURCE "annotations" reads boxes
+    ssl.DATASETS = ()  # photos to pretrain on; their labels are for PROPOSALS.SOURCE alone
     ssl.REGISTER = ()  # "my_module:my_function", called before any data set is looked up
     ssl.TRAIN = ["bottom_up", "fpn", "box_head"]  # what learns; the rest keeps its weights
     ssl.PRECISION = "bf16"  # "bf16" or "fp32"; losses, boxes and statistics are always fp32

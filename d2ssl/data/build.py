@@ -21,7 +21,7 @@ from d2ssl.data.mapper import DetectionMapper, PretextMapper, has_rle, shrunk
 from d2ssl.data.photos import PhotoStore, add_size, map_photos, read_photo
 from d2ssl.data.proposals import attach_proposals
 from d2ssl.data.regions import attach_regions
-from d2ssl.data.sampling import build_order
+from d2ssl.data.sampling import build_order, evenly
 from d2ssl.data.views import photo_side
 from d2ssl.errors import D2SSLError
 
@@ -263,7 +263,7 @@ def build_validation_batches(cfg, names: Sequence[str], limit: int = 64) -> List
     """Up to ``limit`` annotated photos at test size, one a batch, held in memory."""
     dicts = [d for d in load_dicts(names) if d.get("annotations")]
     mapper = mapper_at_test_size(cfg, mask_format(cfg, dicts))
-    return [[mapper(d)] for d in spread(dicts, limit)]
+    return [[mapper(d)] for d in evenly(dicts, limit)]
 
 
 def calibration_batches(cfg, names: Sequence[str], limit: int, size: int = 16) -> List[List[dict]]:
@@ -274,7 +274,7 @@ def calibration_batches(cfg, names: Sequence[str], limit: int, size: int = 16) -
     sides, multiples of 32, keep padding out of the statistics.
     """
     mapper = mapper_at_test_size(cfg)
-    dicts = spread(load_photos(names), limit)
+    dicts = evenly(load_photos(names), limit)
     images = [mapper(d)["image"] for d in dicts]
     count = math.ceil(len(images) / size)
     groups = [
@@ -298,11 +298,6 @@ def mapper_at_test_size(cfg, mask_format: str = "", scale: float = 1.0) -> Detec
     for key in ("MIN_SIZE_TEST", "MAX_SIZE_TEST"):
         cfg.INPUT[key] = round(scale * cfg.INPUT[key])
     return DetectionMapper(cfg, read_photo, is_train=False, mask_format=mask_format)
-
-
-def spread(dicts: List[dict], limit: int) -> List[dict]:
-    """At most ``limit`` of the dicts, evenly spaced."""
-    return dicts[:: max(1, math.ceil(len(dicts) / limit))]
 
 
 def _first_process_first(compute):

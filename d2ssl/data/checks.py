@@ -21,6 +21,7 @@ from d2ssl.data.datasets import ensure_registered
 from d2ssl.data.datasets.catalog import Decode, decoder, listed
 from d2ssl.data.masks import annotation_mask, encode, read_label_image
 from d2ssl.data.photos import map_photos
+from d2ssl.data.sampling import evenly
 from d2ssl.data.scales import finetune_scale
 from d2ssl.errors import D2SSLError
 
@@ -127,7 +128,7 @@ def check_sets(
         if not dicts[name]:
             raise D2SSLError(f"{name}: the data set is empty")
     files = list(dict.fromkeys(entry["file_name"] for name in names for entry in dicts[name]))
-    kept = frozenset(entry["file_name"] for name in names for entry in spread(dicts[name], shown))
+    kept = frozenset(entry["file_name"] for name in names for entry in evenly(dicts[name], shown))
     looks = dict(zip(files, map_photos(partial(look, shown=kept), files, "photos", num_workers)))
     sets = []
     for name in dicts:
@@ -136,12 +137,6 @@ def check_sets(
         sets[-1].is_test |= name in test
     _compare_sets(sets)
     return sets
-
-
-def spread(rows: Sequence, count: int) -> list:
-    """Up to ``count`` of the rows, evenly spread."""
-    count = min(count, len(rows))
-    return [rows[len(rows) * i // count] for i in range(count)]
 
 
 def _check_set(name, dicts, looks, min_size, max_size, num_workers) -> CheckedSet:

@@ -27,6 +27,12 @@ def photo_at(position: int, num_photos: int, seed: int) -> int:
     return int(_permutation(num_photos, seed, epoch)[place])
 
 
+def evenly(rows: Sequence, count: int) -> list:
+    """Up to ``count`` of the rows, evenly spaced."""
+    count = min(count, len(rows))
+    return [rows[len(rows) * i // count] for i in range(count)]
+
+
 def interleaved(first: Order, second: Order, offset: int, share: float) -> Order:
     """Two orders as one: of any n positions n * share, but for rounding, are of the first.
 

@@ -18,10 +18,11 @@ from detectron2.structures import Boxes
 from torch.nn.functional import normalize
 from torchvision.ops import nms, roi_align
 
-from d2ssl.data.build import load_dicts, load_photos, spread, with_proposals
+from d2ssl.data.build import load_dicts, load_photos, with_proposals
 from d2ssl.data.loader import random_state
 from d2ssl.data.mapper import to_tensor
 from d2ssl.data.photos import PhotoStore
+from d2ssl.data.sampling import evenly
 from d2ssl.data.views import View, draw_view, paired_boxes, photo_side
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling import norm
@@ -110,7 +111,7 @@ class BoxRetrieval:
 
         training = load_photos(cfg.SSL.DATASETS)
         load = load_dicts if cfg.SSL.PROPOSALS.SOURCE == "annotations" else load_photos
-        photos = with_proposals(cfg, spread(load(heldout), MAX_PHOTOS))
+        photos = with_proposals(cfg, evenly(load(heldout), MAX_PHOTOS))
         _refuse_trained_on(photos, training)
         self._store.preload(photo["file_name"] for photo in photos)
         self.draws = [
@@ -126,7 +127,7 @@ class BoxRetrieval:
             )
         self.num_boxes = statistics.fmean(counts)  # among which one is to be found
         self.chance = statistics.fmean(1 / count for count in counts)
-        training = spread(training, cfg.SSL.CALIBRATION_PHOTOS)
+        training = evenly(training, cfg.SSL.CALIBRATION_PHOTOS)
         self._training = torch.stack([self._draw(d, 0, i)[0][0] for i, d in enumerate(training)])
 
     def _draw(self, photo: dict, *key: int) -> Tuple[Pair, Pair]:

@@ -88,7 +88,7 @@ def _results(cfg) -> str:
         if several:
             parts.append(f"<h3>{html.escape(name)}</h3>")
         parts.append(_ap_table(tasks))
-        parts.append(_small_set_note(name))
+        parts.append(_small_set_note(name.removesuffix("_TTA")))
     return "\n".join(filter(None, parts))
 
 

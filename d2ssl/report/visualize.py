@@ -133,6 +133,7 @@ def show_views(cfg, num_photos: int, seed: int | None) -> Iterator[Shown]:
     # The network sees the photos only where matches are found by their features.
     if any(type(x).compare is not PretextMethod.compare for x in _methods(method)):
         load_weights(model.trunk, cfg.MODEL.WEIGHTS)
+        model.reset_twins()
     loader = build_pretrain_loader(stage, method.views, method.view_pairs, method.needs)
     num_photos *= len(stage.DATASETS.TRAIN)
     trainer = SimpleNamespace(loader=loader, module=model, cfg=stage)

@@ -9,7 +9,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from test_copies import picture
 
-from d2ssl.data.checks import ERROR, NOTE, WARNING, check_sets, spread
+from d2ssl.data.checks import ERROR, NOTE, WARNING, check_sets
 from d2ssl.data.datasets import register_balloon, register_image_folder
 from d2ssl.data.datasets.catalog import register_dataset
 from d2ssl.data.masks import encode
@@ -311,10 +311,6 @@ def test_bad_input(make):
         check("none_train")
     with pytest.raises(D2SSLError, match="did you mean 'things_train'"):
         check("thing_train")
-
-
-def test_spread():
-    assert spread("abcdefgh", 4) == list("aceg") and spread("abc", 5) == list("abc")
 
 
 def test_real_sets_are_safe(shared):

@@ -11,6 +11,7 @@ from d2ssl.data.sampling import (
     batches_of_one_shape,
     build_order,
     classes_of,
+    evenly,
     interleaved,
     photo_at,
     repeat_factors,
@@ -163,3 +164,8 @@ def test_a_batch_has_one_shape_and_no_photo_is_shown_less():
 def test_a_shape_with_fewer_photos_than_a_batch_changes_nothing(landscape):
     plain = functools.partial(photo_at, num_photos=len(landscape), seed=0)
     assert batches_of_one_shape(plain, shapes(*landscape), 3) is plain
+
+
+def test_evenly():
+    assert evenly("abcdefgh", 4) == list("aceg") and evenly("abc", 5) == list("abc")
+    assert len(evenly(range(65), 64)) == 64

@@ -196,7 +196,9 @@ def test_predictions_of_an_earlier_run_are_not_shown(cfg, tmp_path):
 def test_several_test_sets(demo_root, tmp_path):
     register_balloon("balloon_demo", demo_root / "balloon_demo")
     names = ("balloon_demo_train", "balloon_demo_val")
-    write_finetuning(tmp_path, {name: {"segm": {"AP": 10.0 + i}} for i, name in enumerate(names)})
+    augmented = [f"{name}_TTA" for name in names]
+    results = {n: {"segm": {"AP": 10.0 + i}} for i, n in enumerate([*names, *augmented])}
+    write_finetuning(tmp_path, results)
     page = read(write_report(make_cfg(tmp_path, "DATASETS.TEST", names)))
-    assert all(f"<h3>{name}</h3>" in page for name in names)
-    assert "10.0" in page and "11.0" in page
+    assert all(f"<h3>{name}</h3>" in page for name in results)
+    assert all(f"{10 + i}.0" in page for i in range(4))

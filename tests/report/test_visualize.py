@@ -6,16 +6,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from d2ssl.config import pretrain_cfg
 from d2ssl.data.datasets import register_balloon
 from d2ssl.data.datasets.catalog import register_dataset
 from d2ssl.errors import D2SSLError
+from d2ssl.modeling.pretext_model import PretextModel
+from d2ssl.report import visualize
 from d2ssl.report.pictures import COLORS, draw_labels
 from d2ssl.report.visualize import (
     show_annotations,
@@ -150,6 +155,25 @@ def test_views_of_a_method(tiny_cfg, method, sheets):
     assert rows[0] > 1.3 * rows[1]  # a row a photo
     again = list(show_views(cfg, 3, seed=2))
     assert all((a.image == b.image).all() for a, b in zip(shown, again))
+
+
+def test_matches_are_found_by_twins_of_the_loaded_weights(tiny_cfg, tmp_path, monkeypatch):
+    seen = []
+
+    def of_matches(trainer, num_photos):
+        seen.append(trainer.module)
+        return SimpleNamespace(draw=lambda: None)
+
+    monkeypatch.setattr(visualize.PutPictures, "of_matches", of_matches)
+    weights = PretextModel(pretrain_cfg(tiny_cfg("SSL.METHOD", "DenseCL"))).trunk.state_dict()
+    torch.save({"model": weights}, tmp_path / "weights.pth")
+    list(show_views(tiny_cfg("SSL.METHOD", "DenseCL", "MODEL.WEIGHTS",
+                             str(tmp_path / "weights.pth"), "SEED", "5"), 2, None))  # fmt: skip
+    ((online, twin), *_) = seen[0].twins()
+    for name, value in online.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name])
+    loaded = dict(seen[0].trunk.named_parameters())
+    assert torch.equal(loaded[next(iter(loaded))], weights[next(iter(loaded))])
 
 
 @pytest.mark.parametrize("opts", [(), ("SSL.FINETUNE.COPY_PASTE", "1.0"),
