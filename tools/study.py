@@ -89,7 +89,7 @@ def parse_args(argv=None):
 
 def main(args, command):
     from d2ssl.study.conduct import Conductor, launcher
-    from d2ssl.study.plan import read_study
+    from d2ssl.study.yaml_file import read_study
 
     slurm = None if args.cluster == "local" else args.slurm
     study = read_study(

@@ -9,7 +9,7 @@ import os
 from typing import Dict, Iterable, List
 
 from d2ssl.data.build import load_dicts, load_photos
-from d2ssl.data.datasets import fingerprint
+from d2ssl.data.datasets.catalog import content_hash
 
 
 def contents(names: Iterable[str], labels: bool = True) -> Dict[str, str]:
@@ -17,7 +17,7 @@ def contents(names: Iterable[str], labels: bool = True) -> Dict[str, str]:
     where ``labels`` count, of these; not of the folder in which it lies, which may be another on
     another machine."""
     load = load_dicts if labels else load_photos
-    return {name: fingerprint([_anywhere(row) for row in load([name])]) for name in names}
+    return {name: content_hash([_anywhere(row) for row in load([name])]) for name in names}
 
 
 def _anywhere(row: dict) -> dict:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from d2ssl.data.datasets import ensure_registered, fingerprint, register_dataset
-from d2ssl.data.datasets.catalog import class_names, set_metadata
+from d2ssl.data.datasets import ensure_registered, register_dataset
+from d2ssl.data.datasets.catalog import class_names, content_hash, set_metadata
 from d2ssl.errors import D2SSLError
 
 
@@ -80,17 +80,17 @@ def change(path, value):
         ((1, "annotations"), []),
     ],
 )
-def test_fingerprint_follows_each_change(path, value):
-    assert fingerprint(change(path, value)) != fingerprint(DICTS)
-    assert fingerprint(DICTS[::-1]) != fingerprint(DICTS)
+def test_hash_of_labels_follows_each_change(path, value):
+    assert content_hash(change(path, value)) != content_hash(DICTS)
+    assert content_hash(DICTS[::-1]) != content_hash(DICTS)
 
 
-def test_fingerprint_depends_on_content_only():
+def test_hash_of_labels_depends_on_content_only():
     same = copy.deepcopy(DICTS)
     same[0]["annotations"][0]["bbox"] = np.array([0, 1, 2, 3])
     same[0] = dict(reversed(same[0].items()))
-    assert fingerprint(same) == fingerprint(DICTS)
-    assert len(fingerprint(DICTS)) == 16
+    assert content_hash(same) == content_hash(DICTS)
+    assert len(content_hash(DICTS)) == 16
     # A run-length mask holds bytes.
     rle = change((0, "annotations", 0, "segmentation"), {"counts": b"\x12\xff", "size": [4, 6]})
-    assert fingerprint(rle) == fingerprint(copy.deepcopy(rle)) != fingerprint(DICTS)
+    assert content_hash(rle) == content_hash(copy.deepcopy(rle)) != content_hash(DICTS)

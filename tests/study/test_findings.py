@@ -7,7 +7,8 @@ import pytest
 
 from d2ssl.evaluation.statistics import NOT, PAYS, UNKNOWN
 from d2ssl.study.findings import Results, findings
-from d2ssl.study.plan import Run, plan, read_study
+from d2ssl.study.plan import Run, plan
+from d2ssl.study.yaml_file import read_study
 from tests.study.made_up import CLEAR, ap_of, result_of
 
 

@@ -8,7 +8,8 @@ import pytest
 from d2ssl.study import plots
 from d2ssl.study.findings import Results, findings
 from d2ssl.study.page import write_study
-from d2ssl.study.plan import Run, plan, read_study
+from d2ssl.study.plan import Run, plan
+from d2ssl.study.yaml_file import read_study
 from tests.study.made_up import CLEAR, ap_of, result_of
 
 

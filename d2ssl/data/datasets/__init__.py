@@ -5,7 +5,7 @@ import os
 from detectron2.data import DatasetCatalog
 
 from d2ssl.data.datasets.balloon import register_balloon
-from d2ssl.data.datasets.catalog import fingerprint, register_dataset
+from d2ssl.data.datasets.catalog import register_dataset
 from d2ssl.data.datasets.cifar10 import register_cifar10
 from d2ssl.data.datasets.cityscapes import register_cityscapes
 from d2ssl.data.datasets.coco import register_coco
@@ -22,7 +22,6 @@ from d2ssl.data.datasets.voc import register_voc
 
 __all__ = [
     "ensure_registered",
-    "fingerprint",
     "load_via_json",
     "register_balloon",
     "register_builtin",

@@ -1,4 +1,4 @@
-"""What all dataset modules share: the catalog entry, masks read when wanted, a fingerprint."""
+"""What all dataset modules share: the catalog entry, masks read when wanted, a hash of labels."""
 
 import hashlib
 import json
@@ -98,7 +98,7 @@ def decoder(name: str) -> Decode | None:
     return _PARTS[name][1] if name in _PARTS else None
 
 
-def fingerprint(dicts: list[dict]) -> str:
+def content_hash(dicts: list[dict]) -> str:
     """
     A short hash of what the annotations say; it changes as soon as a label is corrected.
 
