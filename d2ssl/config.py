@@ -30,6 +30,8 @@ AUTO_KEYS = {  # and what else they may be
 }
 CLASSES = "SSL.FINETUNE.WEIGHTS_CLASSES"  # a name or a tuple of names
 PAIR = ([str, float], [str, int])  # an entry of SSL.METHODS
+PROPOSAL_SOURCES = ("selective_search", "grid", "random", "annotations")  # or a COCO JSON file
+REGION_SOURCES = ("superpixels", "kmeans", "grid")
 BATCH_NORMS = ("FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN")
 # DATALOADER.SAMPLER_TRAIN, see d2ssl.data.sampling; the last is not Detectron2's.
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "ClassBalancedSampler")
@@ -241,16 +243,15 @@ def _explain(cfg: CN, error: Exception) -> str:
         return f"config key {key} is a study's: give this file to tools/study.py"
     if key in leaves(cfg):
         return f"config key {key}: in a yaml its parts are levels, {key.replace('.', ': {')}: ..."
-    keys = list(_leaf_keys(cfg))
-    # A typo in the last name is likelier than one in the path, so that is looked for first.
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(key, list(_all_keys(cfg)), n=1, cutoff=0.0)
     return f"config key {key} does not exist; the nearest is {near[0]}"
 
 
-def _leaf_keys(node: CN, prefix: str = ""):
+def _all_keys(node: CN, prefix: str = ""):
+    """Those of values and of the nodes above them."""
     for name, value in node.items():
         if isinstance(value, CN):
-            yield from _leaf_keys(value, f"{prefix}{name}.")
+            yield from _all_keys(value, f"{prefix}{name}.")
         yield f"{prefix}{name}"
 
 
@@ -279,7 +280,11 @@ def _check(cfg: CN) -> None:
     one_of("SSL.FPN_NORM", ssl.FPN_NORM or '""', ('""', "BN"))
     for level in ssl.LEVELS:
         one_of("SSL.LEVELS", level, LEVELS)
-    one_of("SSL.REGIONS.SOURCE", ssl.REGIONS.SOURCE, ("superpixels", "kmeans", "grid"))
+    proposals, num = ssl.PROPOSALS.SOURCE, ssl.REGIONS.NUM
+    if not proposals.endswith(".json"):
+        one_of("SSL.PROPOSALS.SOURCE", proposals, (*PROPOSAL_SOURCES, "a .json file"))
+    require(1 <= num <= 256, f"SSL.REGIONS.NUM {num}: give 1 to 256")
+    one_of("SSL.REGIONS.SOURCE", ssl.REGIONS.SOURCE, REGION_SOURCES)
     one_of("SSL.COLORIZATION.TARGET", ssl.COLORIZATION.TARGET, ("ab", "rgb"))
     one_of("SSL.PRECISION", ssl.PRECISION, ("bf16", "fp32"))
     for key in ("SOLVER", "FINETUNE"):

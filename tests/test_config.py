@@ -65,6 +65,12 @@ def test_classes_of_weights_are_a_name_or_names(value, tmp_path):
         (["SSL.INPUT.VIEW_SIZE", "200"], "multiple of 32, e.g. 192"),
         (["SSL.TRAIN", "['neck']"], "SSL.TRAIN neck: choose from bottom_up, fpn, box_head"),
         (["SSL.FPN_NORM", "GN"], 'SSL.FPN_NORM GN: choose from "", BN'),
+        (
+            ["SSL.PROPOSALS.SOURCE", "selectivesearch"],
+            "SSL.PROPOSALS.SOURCE selectivesearch: choose from selective_search, .* a .json file",
+        ),
+        (["SSL.REGIONS.SOURCE", "slic"], "SSL.REGIONS.SOURCE slic: choose from superpixels"),
+        (["SSL.REGIONS.NUM", "257"], "SSL.REGIONS.NUM 257: give 1 to 256"),
         (["TEST.PRECISE_BN.ENABLED", "True"], "TEST.PRECISE_BN is not supported"),
         (["MODEL.LOAD_PROPOSALS", "True"], "MODEL.LOAD_PROPOSALS is not supported"),
         (["SSL.DATASETS", "()"], "SSL.DATASETS is empty"),

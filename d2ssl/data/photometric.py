@@ -1,6 +1,6 @@
 """Changes of colour and sharpness, as Detectron2 augmentations that leave coordinates alone.
 
-Images are HxWx3 RGB, uint8 or float32 in [0, 255]; the result has the dtype of the input.
+Images are HxWx3 uint8 RGB.
 Brightness, contrast, saturation, hue, greyscale and solarisation follow torchvision's definitions.
 All randomness is drawn from ``np.random``.
 """
@@ -28,7 +28,7 @@ def contrast(image: np.ndarray, factor: float) -> np.ndarray:
 def saturation(image: np.ndarray, factor: float) -> np.ndarray:
     """Blend with the image's greyscale; 0 is that greyscale, 1 the image itself."""
     mix = factor * np.eye(3, dtype=np.float32) + (1 - factor) * GRAY
-    return _clip(cv2.transform(image, mix))
+    return cv2.transform(image, mix)  # OpenCV saturates
 
 
 def grayscale(image: np.ndarray) -> np.ndarray:
@@ -38,13 +38,9 @@ def grayscale(image: np.ndarray) -> np.ndarray:
 
 def hue(image: np.ndarray, turn: float) -> np.ndarray:
     """Turn the hue in HSV space by ``turn`` full circles, -0.5 to 0.5."""
-    if image.dtype == np.uint8:
-        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)  # H: 256 steps a circle
-        hsv[..., 0] += np.uint8(round(256 * turn) % 256)  # wraps round
-        return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
-    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)  # H in degrees
-    hsv[..., 0] = (hsv[..., 0] + 360 * turn) % 360
-    return _clip(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)  # H: 256 steps a circle
+    hsv[..., 0] += np.uint8(round(256 * turn) % 256)  # wraps round
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
 def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -52,12 +48,10 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.GaussianBlur(image, (0, 0), sigma)
 
 
-def solarize(image: np.ndarray, threshold: float = 128) -> np.ndarray:
-    """Invert the values at or above the threshold."""
-    if image.dtype == np.uint8:
-        values = np.arange(256, dtype=np.uint8)
-        return cv2.LUT(image, np.where(values >= threshold, 255 - values, values))
-    return np.where(image >= threshold, 255 - image, image)
+def solarize(image: np.ndarray) -> np.ndarray:
+    """Invert the values of 128 or more."""
+    values = np.arange(256, dtype=np.uint8)
+    return cv2.LUT(image, np.where(values >= 128, 255 - values, values))
 
 
 def shift_planes(image: np.ndarray, offsets: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -65,18 +59,12 @@ def shift_planes(image: np.ndarray, offsets: np.ndarray, order: np.ndarray) -> n
     mix = np.zeros((3, 4), dtype=np.float32)
     mix[np.arange(3), order] = 1
     mix[:, 3] = offsets
-    return _clip(cv2.transform(image, mix))
+    return cv2.transform(image, mix)
 
 
 def _scale_shift(image: np.ndarray, scale: float, shift: float) -> np.ndarray:
-    if image.dtype == np.uint8:
-        values = np.arange(256) * scale + shift
-        return cv2.LUT(image, values.clip(0, 255).round().astype(np.uint8))
-    return _clip(image * np.float32(scale) + np.float32(shift))
-
-
-def _clip(image: np.ndarray) -> np.ndarray:
-    return image if image.dtype == np.uint8 else image.clip(0, 255)  # OpenCV saturates uint8
+    values = np.arange(256) * scale + shift
+    return cv2.LUT(image, values.clip(0, 255).round().astype(np.uint8))
 
 
 class ColorJitter(T.Augmentation):

@@ -24,7 +24,6 @@ from d2ssl.data.photos import map_photos
 from d2ssl.data.selective_search import selective_search
 from d2ssl.errors import D2SSLError
 
-SOURCES = ("selective_search", "grid", "random", "annotations")
 UNFILTERED = {"min_size": 0, "max_aspect": 1e9, "min_scale": 0, "max_scale": np.inf}
 CACHE_VERSION = 1  # count up when selective_search changes its answer
 
@@ -137,9 +136,10 @@ def attach_proposals(
 
     Args:
         dataset_dicts: Detectron2's standard dicts (file_name, height, width).
-        source: one of ``SOURCES``, or the path of a JSON file with COCO's ``images`` and
-            ``annotations``; its images are matched by file name, and where they state another
-            ``height`` and ``width`` than the photo's, in the same proportion, boxes are scaled.
+        source: one of ``config.PROPOSAL_SOURCES``, or the path of a JSON file with COCO's
+            ``images`` and ``annotations``; its images are matched by file name, and where they
+            state another ``height`` and ``width`` than the photo's, in the same proportion, boxes
+            are scaled.
         read_photo: path -> HxWx3 uint8 RGB. Must be picklable if ``num_workers`` > 0.
         cache_dir: selective search keeps its boxes here, one file per photo content, so a photo
             renamed or moved is not searched again and a changed one is. None: no cache.
@@ -152,8 +152,8 @@ def attach_proposals(
         (XYXY_ABS) and ``proposal_objectness_logits`` (N zeros).
 
     Raises:
-        D2SSLError: unknown source, unreadable JSON file or one for photos of other proportions, no
-            annotated box, a ``cache_dir`` that cannot be used, or what ``read_photo`` raises.
+        D2SSLError: unreadable JSON file or one for photos of other proportions, no annotated box, a
+            ``cache_dir`` that cannot be used, or what ``read_photo`` raises.
     """
     from detectron2.structures import BoxMode
 
@@ -165,14 +165,9 @@ def attach_proposals(
         found = [_random_of_photo(d) for d in dataset_dicts]
     elif source == "annotations":
         found = _annotated(dataset_dicts)
-    elif source.endswith(".json"):
-        found = _boxes_from_json(source, dataset_dicts)
     else:
-        raise D2SSLError(
-            f"proposals: unknown source '{source}'; use one of {', '.join(SOURCES)} or the path of "
-            "a COCO-format .json file"
-        )
-    if source == "annotations" or source.endswith(".json"):
+        found = _boxes_from_json(source, dataset_dicts)
+    if source not in ("selective_search", "grid", "random"):
         filters = UNFILTERED
     attached = []
     for dataset_dict, boxes in zip(dataset_dicts, found):

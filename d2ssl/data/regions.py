@@ -20,9 +20,7 @@ import numpy as np
 
 from d2ssl.data.photos import map_photos, shrink
 from d2ssl.data.selective_search import Regions, segments
-from d2ssl.errors import D2SSLError
 
-SOURCES = ("superpixels", "kmeans", "grid")
 LONG_SIDE = 128  # of a region map, in px: a view of 512 px has as many cells on P2
 
 
@@ -39,18 +37,14 @@ def attach_regions(
 
     Args:
         dataset_dicts: Detectron2's standard dicts (file_name, height, width).
-        source: one of ``SOURCES``.
+        source: one of ``config.REGION_SOURCES``.
         num: 1 to 256.
         read_photo: path -> HxWx3 uint8 RGB. Must be picklable if ``num_workers`` > 0.
         num_workers: processes; 0: this one.
 
     Raises:
-        D2SSLError: unknown source, a ``num`` out of range, or what ``read_photo`` raises.
+        D2SSLError: what ``read_photo`` raises.
     """
-    if source not in SOURCES:
-        raise D2SSLError(f"regions: unknown source '{source}'; use one of {', '.join(SOURCES)}")
-    if not 1 <= num <= 256:
-        raise D2SSLError(f"regions: {num} in a photo; give 1 to 256")
     if source == "grid":
         maps = [grid_regions(d["height"], d["width"], num) for d in dataset_dicts]
     else:

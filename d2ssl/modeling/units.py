@@ -94,21 +94,22 @@ class Cells(LevelUnits):
             cost: at 14, a view has 14^2 + 14^2 + 14^2 + 7^2 cells on P2..P5 at 224 px.
         radius: cells of the same level are the same if their centres lie closer than this, as a
             share of the larger of their two diagonals (PixPro, Xie et al., CVPR 2021, eq. 1).
-        nearest: of those, only the nearest is the same.
 
     Cells of the same level whose centres lie further apart than a diagonal are different, and so
     are those of other levels, wherever they lie: each level answers for objects of its own size.
     """
 
-    def __init__(self, channels, grid: int, radius: float, nearest: bool = False):
+    nearest = False
+
+    def __init__(self, channels, grid: int, radius: float):
         super().__init__(channels)
         _require_one_width(channels)
-        self.grid, self.radius, self.nearest = grid, radius, nearest
+        self.grid, self.radius = grid, radius
 
     @classmethod
-    def from_config(cls, cfg, trunk, nearest: bool = False):
-        return cls(level_channels(trunk, cfg.SSL.LEVELS), cfg.SSL.CELLS.GRID,
-                   cfg.SSL.CELLS.RADIUS, nearest)  # fmt: skip
+    def from_config(cls, cfg, trunk):
+        cells = cfg.SSL.CELLS
+        return cls(level_channels(trunk, cfg.SSL.LEVELS), cells.GRID, cells.RADIUS)
 
     @classmethod
     def count(cls, cfg):
@@ -147,6 +148,12 @@ class Cells(LevelUnits):
             parts.append(cell_lattice(view.windows, side, number))
         centres, diagonals, level = zip(*parts)
         return Lattice(torch.cat(centres, 1), torch.cat(diagonals, 1), torch.cat(level))
+
+
+class NearestCells(Cells):
+    """Of the cells that would be the same, only the nearest is."""
+
+    nearest = True
 
 
 class Lattice(NamedTuple):

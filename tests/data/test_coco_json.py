@@ -230,6 +230,7 @@ MASK = (*FIRST, "segmentation")
         (MASK, [[1, 2, 9, 2, 9, 9, 1]], "annotation 5 has a polygon"),
         (MASK, [1, 2, 9, 2, 9, 9], "annotation 5 has a polygon"),
         (MASK, [[1, 2, 9, 2, 9, None]], "annotation 5 has a polygon"),
+        (MASK, [[1, 2, 9, 2, -1e9, 9]], "annotation 5 has a point 100000 pixels away"),
         (MASK, {"size": [60, 40], "counts": [2400]}, "annotation 5 has a run-length mask of size"),
         (MASK, {"counts": [2400]}, "annotation 5 has a run-length mask of size None"),
         (MASK, {"size": [40, 60]}, "annotation 5 has a run-length mask without counts"),

@@ -282,9 +282,7 @@ def test_json_of_other_photos_is_refused(dicts, tmp_path):
         attach_proposals(dicts, str(path), unreadable)
 
 
-def test_unknown_source_and_missing_photo_are_refused(dicts, tmp_path):
-    with pytest.raises(D2SSLError, match="unknown source 'selectivesearch'"):
-        attach_proposals(dicts, "selectivesearch", unreadable)
+def test_missing_photo_is_refused(dicts, tmp_path):
     os.remove(dicts[1]["file_name"])
     with pytest.raises(D2SSLError, match="1.jpg"):
         attach_proposals(dicts, "selective_search", photo_of, str(tmp_path / "c"), num_workers=2)

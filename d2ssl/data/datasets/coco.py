@@ -26,7 +26,7 @@ from detectron2.data.datasets import load_coco_json
 from d2ssl.data.datasets.catalog import class_names, register_dataset, set_metadata
 from d2ssl.data.datasets.files import locate, read_json, require_folder
 from d2ssl.data.datasets.outlines import check_size
-from d2ssl.data.masks import annotation_mask
+from d2ssl.data.masks import FARTHEST, annotation_mask
 from d2ssl.errors import D2SSLError
 
 
@@ -206,6 +206,8 @@ def _check_segmentation(segmentation: Any, height: int, width: int) -> None:
                     "has a polygon that is no list of x, y, x, y, ... of 3 points or more; draw "
                     "it again"
                 )
+            if max(map(abs, polygon)) >= FARTHEST:
+                raise D2SSLError(f"has a point {FARTHEST} pixels away or more; draw it again")
     else:
         raise D2SSLError("has no outline or mask in its segmentation; draw it or take it out")
 

@@ -24,7 +24,6 @@ class Combined(PretextMethod):
         self.embedding = None  # each member has its own, and its own twins
         self.methods, self.weights = nn.ModuleList(methods), list(weights)
         self.views = max((m.views for m in methods), key=len)
-        self.num_views = len(self.views)
         self.view_pairs = tuple(dict.fromkeys(p for m in methods for p in m.view_pairs))
         self.needs = frozenset().union(*(m.needs for m in methods))
         self.reaches = tuple(dict.fromkeys(p for m in methods for p in m.reaches))

@@ -3,7 +3,7 @@
 from d2ssl.modeling.methods.base import PRETEXT_REGISTRY
 from d2ssl.modeling.methods.combined import Combined
 from d2ssl.modeling.methods.moco import MoCo
-from d2ssl.modeling.units import Cells
+from d2ssl.modeling.units import NearestCells
 
 
 @PRETEXT_REGISTRY.register()
@@ -14,12 +14,7 @@ class PLMoCo(MoCo):
     one only; negatives are the photo's other places and the queue's cells of other photos.
     """
 
-    kind = Cells
-
-    @classmethod
-    def from_config(cls, cfg, trunk):
-        units = Cells.from_config(cfg, trunk, nearest=True)
-        return {**super().from_config(cfg, trunk), "units": units}
+    kind = NearestCells
 
 
 @PRETEXT_REGISTRY.register()

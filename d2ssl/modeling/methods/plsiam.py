@@ -2,7 +2,7 @@
 
 from d2ssl.modeling.methods.base import PRETEXT_REGISTRY
 from d2ssl.modeling.methods.simsiam import SimSiam
-from d2ssl.modeling.units import Cells
+from d2ssl.modeling.units import NearestCells
 
 
 @PRETEXT_REGISTRY.register()
@@ -14,9 +14,4 @@ class PLSiam(SimSiam):
     He, CVPR 2021).
     """
 
-    kind = Cells
-
-    @classmethod
-    def from_config(cls, cfg, trunk):
-        units = Cells.from_config(cfg, trunk, nearest=True)
-        return {**super().from_config(cfg, trunk), "units": units}
+    kind = NearestCells
