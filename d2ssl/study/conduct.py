@@ -17,7 +17,7 @@ from d2ssl.study.findings import Results, findings
 from d2ssl.study.jobs import Launcher
 from d2ssl.study.page import write_study
 from d2ssl.study.plan import Run, Study, Task, plan, recipe_differences
-from d2ssl.study.timing import matched_iterations, seconds_of, timings, total
+from d2ssl.study.timing import matched_iterations, seconds_of, timings
 
 logger = logging.getLogger("d2ssl")
 
@@ -96,7 +96,8 @@ class Conductor:
                 self.results.add(result)
 
     def left(self, at_once: int) -> str:
-        return duration(total(self.waiting, self.study, self.seconds, at_once))
+        seconds = (seconds_of(task, self.study, self.seconds) for task in self.waiting)
+        return duration(sum(seconds) / at_once)
 
     def table(self, at_once: int, threads: int) -> str:
         """The runs, one a line, and how long they will take."""

@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from typing import Dict, Mapping, Sequence
+from typing import Dict, Mapping
 
 import torch
 
@@ -120,16 +120,20 @@ def matched_iterations(study: Study, seconds: Mapping[str, Mapping[str, float]])
         if arm.matched:
             other = study.arms[arm.matched].cfg
             spent = other.SSL.SOLVER.MAX_ITER * seconds[arm.matched]["pretraining"]
-            spent += labelled_photos(other) * seconds[arm.matched]["photo"]
+            spent += labelling_photos(other) * seconds[arm.matched]["photo"]
             own = arm.cfg.SOLVER.MAX_ITER
             lengths[arm.name] = own + round(spent / seconds[arm.name]["finetuning"])
     return lengths
 
 
-def labelled_photos(cfg) -> int:
-    """How many photos self-training labels, at most, in all the times that it does."""
+def labelling_photos(cfg) -> float:
+    """What self-training looks at, at most, in all the times that it labels: in photos of the test
+    size, seen once."""
     options = cfg.SSL.SELF_TRAINING
-    return len(options.AT) * count_photos(cfg.SSL.DATASETS) if options.ENABLED else 0
+    if not options.ENABLED:
+        return 0
+    looks = sum(2 * scale**2 for scale in options.SCALES) or 1  # each mirrored, too
+    return looks * len(options.AT) * count_photos(cfg.SSL.DATASETS)
 
 
 def seconds_of(task: Task, study: Study, seconds: Mapping[str, Mapping[str, float]]) -> float:
@@ -138,11 +142,7 @@ def seconds_of(task: Task, study: Study, seconds: Mapping[str, Mapping[str, floa
     if isinstance(task, Pretraining):
         return START + task.cfg.SSL.SOLVER.MAX_ITER * one["pretraining"]
     assert isinstance(task, Run)
-    photos = count_photos([study.test]) + labelled_photos(task.cfg)
+    photos = count_photos([study.test]) + labelling_photos(task.cfg)
     if task.cfg.SSL.FINETUNE.DEV_DATASET:
         photos += study.curve_points * study.dev
     return START + task.cfg.SOLVER.MAX_ITER * one["finetuning"] + photos * one["photo"]
-
-
-def total(tasks: Sequence[Task], study: Study, seconds, at_once: int) -> float:
-    return sum(seconds_of(task, study, seconds) for task in tasks) / at_once
