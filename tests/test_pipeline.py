@@ -4,10 +4,12 @@ import gc
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 
 from tests.conftest import CONFIGS, TINY
@@ -72,6 +74,18 @@ def test_eval_only_gives_the_reported_result(whole_job, train_net):
     again = results(train_net.folder / "evaluated")
     reported = results(whole_job / "finetune")
     assert again["segm"] == reported["segm"] and again["bbox"] == reported["bbox"]
+
+
+def test_the_readmes_way_to_use_the_detector(whole_job, demo_root):
+    text = (REPO / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(import cv2\n.*?)```", text, re.DOTALL)
+    code = code.replace("output/ssl_fpn_balloon", str(whole_job))
+    photo = next((demo_root / "balloon_demo" / "val").glob("*.jpg"))
+    names: dict = {}
+    exec(code.replace("photo.jpg", str(photo)), names)
+    found = names["found"]
+    assert found.has("pred_masks") and len(found) == (found.scores > 0.5).sum()
+    assert found.image_size == cv2.imread(str(photo)).shape[:2]
 
 
 def test_eval_only_under_another_convention_is_refused(whole_job, train_net):
