@@ -1,4 +1,4 @@
-"""What d2ssl knows about library versions: no other file does.
+"""What d2ssl does differently from one library version to another: no other file does.
 
 Importing this module imports neither torch nor Detectron2, so a command can answer ``--help`` or
 report a missing Detectron2 at once. Call :func:`require_detectron2` before anything that imports
@@ -8,6 +8,8 @@ Detectron2 v0.6 installed by ``tools/install_detectron2.py`` needs none of the r
 are for builds that users compiled themselves: v0.6 as released, or the current main branch.
 """
 
+import argparse
+import contextlib
 import importlib.util
 import os
 import sys
@@ -56,8 +58,8 @@ def has_bf16(device: str) -> bool:
     if device != "cuda":
         return True
     # torch.cuda.is_bf16_supported says yes to an imitation, and before torch 2.4 cannot be asked.
-    imitates = torch.version.hip is None and torch.cuda.get_device_capability()[0] < 8
-    return not imitates
+    is_amd = torch.version.hip is not None
+    return is_amd or torch.cuda.get_device_capability()[0] >= 8
 
 
 def has_compiled_ops() -> bool:
@@ -79,6 +81,18 @@ def one_pass_adamw() -> dict:
 
     version = tuple(int(number) for number in torch.__version__.split(".")[:2])
     return {"fused": True} if version >= (2, 4) else {"foreach": True}
+
+
+def command_line_allowed():
+    """A context in which ``torch.load`` takes parsed command-line options for plain values.
+
+    SoCo, DINO and others save theirs beside the weights. Before torch 2.5 they are refused.
+    """
+    import torch
+
+    if not hasattr(torch.serialization, "safe_globals"):
+        return contextlib.nullcontext()
+    return torch.serialization.safe_globals([argparse.Namespace])
 
 
 def _restore_pillow_name() -> None:

@@ -19,13 +19,13 @@ from d2ssl.config import finetune_cfg, pretrain_cfg, pretrained_path
 from d2ssl.data.build import check_classes, detection_sets, register_datasets
 from d2ssl.engine.auto import resolve_auto
 from d2ssl.engine.checkpoint import load_weights, refuse_other_conventions
-from d2ssl.engine.handoff import hand_off
+from d2ssl.engine.handoff import hand_off, read_record
 from d2ssl.engine.precision import apply_precision
 from d2ssl.engine.self_training import label_files
 from d2ssl.engine.trainer import FinetuneTrainer, PretrainTrainer
 from d2ssl.errors import D2SSLError
 from d2ssl.report.html import write_report
-from d2ssl.report.pictures import PutPictures
+from d2ssl.report.sheets import PutPictures
 
 logger = logging.getLogger("d2ssl")
 
@@ -84,18 +84,18 @@ def pretrain(cfg, resume: bool = False) -> None:
     if not (resume and _handed_off(cfg)):
         _start(stage, resume)
         _forget(finetune_cfg(cfg).OUTPUT_DIR, ["last_checkpoint"])  # it fine-tuned other weights
-        _train_pretext(cfg, stage, resume)
+        _train_pretext(stage, resume)
         gc.collect()  # a trainer and its hooks hold one another, and with them model and workers
         if comm.is_main_process():
             hand_off(cfg)
     comm.synchronize()
 
 
-def _train_pretext(cfg, stage, resume: bool) -> None:
+def _train_pretext(stage, resume: bool) -> None:
     trainer = PretrainTrainer(stage, resume)
     trainer.register_hooks(
         [
-            PutPictures.of_views(cfg, trainer),
+            PutPictures.of_views(trainer),
             PutPictures.of_matches(trainer),
             PutPictures.of_reconstructions(trainer),
         ]
@@ -176,11 +176,8 @@ def _forget(folder: str, names) -> None:
 
 def _handed_off(cfg) -> bool:
     """Whether the hand-off of this run, at its full length, is there."""
-    path = pretrained_path(cfg)
-    if not os.path.isfile(path):
-        return False
-    record = torch.load(path, weights_only=True, mmap=True)["d2ssl"]
-    return record["iterations"] >= pretrain_cfg(cfg).SOLVER.MAX_ITER
+    record = read_record(pretrained_path(cfg))
+    return bool(record) and record["iterations"] >= pretrain_cfg(cfg).SOLVER.MAX_ITER
 
 
 def _write_results(cfg, results: Dict, weights: str) -> None:

@@ -1,8 +1,13 @@
-"""d2ssl.compat: each repair, in a process of its own, since it changes the libraries."""
+"""d2ssl.compat: each repair in a process of its own, since it changes the libraries."""
 
 import subprocess
 import sys
 import textwrap
+
+import pytest
+import torch
+
+from d2ssl.compat import has_bf16
 
 
 def run(code: str, *, cwd=None) -> subprocess.CompletedProcess:
@@ -13,6 +18,13 @@ def run(code: str, *, cwd=None) -> subprocess.CompletedProcess:
 def test_importing_it_imports_neither_torch_nor_detectron2():
     done = run("import sys, d2ssl.compat; print({'torch', 'detectron2'} & set(sys.modules))")
     assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.parametrize("hip, major, has", [(None, 7, False), (None, 8, True), ("6.2", 7, True)])
+def test_which_gpus_compute_in_bf16(monkeypatch, hip, major, has):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
+    assert has_bf16("cuda") is has and has_bf16("cpu")
 
 
 def test_a_missing_detectron2_gives_one_line_with_the_command():

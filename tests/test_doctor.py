@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 
 from d2ssl.config import load_cfg, stock_cfg
 from d2ssl.doctor import FAIL, NOTE, OK, WARN, Finding, installation, table, weights
+from d2ssl.doctor.formats import describe_format
 from d2ssl.engine import handoff
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.fingerprint import fingerprint, probe_image
@@ -270,16 +271,16 @@ def test_names_of_torchvision_and_moco_must_be_converted(tmp_path):
 def test_norms_that_were_folded_or_never_measured_are_told(tmp_path):
     names = [f"res2.0.conv1.norm.{name}" for name in ("weight", "bias")]
     folded = {name: torch.rand(64) for name in names}
-    found = weights.describe_format({"model": folded}, config())
+    found = describe_format({"model": folded}, config())
     assert "folded" in text(found) and "wrong for training BN" in text(found)
-    found = weights.describe_format({"model": folded}, config("MODEL.RESNETS.NORM", "BN"))
+    found = describe_format({"model": folded}, config("MODEL.RESNETS.NORM", "BN"))
     assert [f.status for f in found if f.name == "norms"] == [WARN]
 
     statistics = {"running_mean": torch.zeros(64), "running_var": torch.ones(64) - 1e-5}
     random = {**folded, **{f"res2.0.conv1.norm.{k}": v for k, v in statistics.items()}}
-    assert "never measured" in text(weights.describe_format({"model": random}, config()))
+    assert "never measured" in text(describe_format({"model": random}, config()))
     random["res2.0.conv1.norm.running_mean"] = torch.rand(64)
-    assert "never measured" not in text(weights.describe_format({"model": random}, config()))
+    assert "never measured" not in text(describe_format({"model": random}, config()))
 
 
 def test_random_weights_under_frozen_norms_are_noticed(tmp_path):

@@ -1,7 +1,10 @@
 """What ``tools/doctor.py`` finds out: about the installation, and about a file of weights.
 
 installation   needs nothing but Python, and reports what is missing or does not fit
-weights        what a file would load into a detector, and whether that computes what it should
+weights        all that can be said about a file, from what a detector would load of it on
+attempt        that detector, with the file's weights loaded and run
+function       whether the detector computes what a hand-off says that it should
+formats        what files that do not say so usually want
 """
 
 import contextlib
@@ -21,6 +24,11 @@ class Finding:
     name: str
     detail: str
     fix: str = ""  # what to do about it; a row of warnings may share one, under the last
+
+
+def show(value) -> str:
+    """A value of a config, to be read."""
+    return '""' if value == "" else str(value)
 
 
 @contextlib.contextmanager

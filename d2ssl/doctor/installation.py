@@ -294,7 +294,7 @@ def check_device() -> List[Finding]:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         torch.ones(8, device="cuda").sum().item()  # fails where torch has no code for this GPU
-        bf16 = torch.cuda.get_device_capability()[0] >= 8
+        bf16 = compat.has_bf16("cuda")
         findings = [Finding(OK, "GPU", f"{', '.join(names)}; CUDA {torch.version.cuda}")]
     else:
         bf16 = bool(_cpu_flags() & {"amx_bf16", "avx512_bf16"})

@@ -47,6 +47,7 @@ class MatchReport:
     predictors: str = ""  # what was done to those for other classes
     classes: List[str] = field(default_factory=list)  # that they are for now, where it is known
     conventions: Dict[str, object] = field(default_factory=dict)  # config keys, in files of d2ssl
+    record: Dict[str, object] = field(default_factory=dict)  # of a hand-off on itself
 
     def by_part(self) -> Dict[str, Dict[str, int]]:
         """part -> counts of loaded, missing and mismatched tensors."""
@@ -126,12 +127,13 @@ class Checkpointer(DetectionCheckpointer):
         self._fit: Tuple[str, List[str]] = "", []
         self._incompatible = None
         self._conventions: Dict[str, object] = {}
+        self._record: Dict[str, object] = {}
 
     def _load_model(self, checkpoint):
         model = self.model.state_dict()
         _strip_prefix_if_present(checkpoint["model"], "module.")  # saved from several processes
-        recorded = checkpoint.get("d2ssl", {}).get("config", {})
-        self._conventions = checkpoint.get("conventions", recorded)
+        self._record = checkpoint.get("d2ssl", {})
+        self._conventions = checkpoint.get("conventions", self._record.get("config", {}))
         _convolution_bias_to_norm(checkpoint["model"], model)
         self._fit = _fit_predictors(checkpoint, model, *self._wanted)
         self._incompatible = super()._load_model(checkpoint)
@@ -193,6 +195,7 @@ class Checkpointer(DetectionCheckpointer):
             predictors=self._fit[0],
             classes=self._fit[1],
             conventions=self._conventions,
+            record=self._record,
         )
         if not report.loaded:
             raise D2SSLError(

@@ -17,8 +17,9 @@ from torch import nn
 from torchvision.transforms.functional import normalize
 
 from d2ssl.config import BATCH_NORMS
-from d2ssl.engine.checkpoint import MatchReport
-from d2ssl.engine.handoff import CONVENTIONS, versions
+from d2ssl.engine.checkpoint import MatchReport, conventions_of
+from d2ssl.engine.environment import versions
+from d2ssl.engine.handoff import CONVENTIONS, methods_of
 from d2ssl.engine.weights_file import (
     TORCHVISION,
     differing_keys,
@@ -85,7 +86,7 @@ def convert_donor(
     model = {**kept, **{BOTTOM_UP + name: value for name, value in state.items()}}
     made = {
         "method": f"donor {os.path.basename(path)}",
-        "after": [*record.get("after", []), *filter(None, [record.get("method")])],
+        "after": methods_of(record),
         "donor": {"names": donor.layout, "prefix": donor.prefix, "wants": wanted},
         "checked": checked,
         "onto": os.path.basename(onto),
@@ -120,7 +121,7 @@ def conventions(donor: Donor, record: Dict, cfg, given: Dict) -> Dict:
     They are ``given``, or recorded in a file of d2ssl's; else they are torchvision's, but for a
     file in Detectron2's format, which can be for any: then the config's own.
     """
-    of_cfg = {key: get(cfg, key) for key in (FORMAT, MEAN, STD, STRIDE)}
+    of_cfg = conventions_of(cfg)
     usual = of_cfg if donor.layout == "Detectron2" else TORCHVISION
     usual = {**usual, **record.get("config", {})}
     wanted = {key: usual[key] for key in of_cfg}

@@ -4,39 +4,22 @@ import logging
 import os
 from typing import Dict, List
 
-import detectron2
 import torch
 from detectron2.modeling import build_model
-from detectron2.utils.file_io import PathManager
 
-from d2ssl import __version__
 from d2ssl.atomic import atomic_open
-from d2ssl.config import (
-    finetune_cfg,
-    get_key,
-    method_title,
-    pretrain_cfg,
-    pretrained_path,
-    stock_cfg,
-)
+from d2ssl.config import finetune_cfg, method_title, pretrain_cfg, pretrained_path, stock_cfg
 from d2ssl.data.build import calibration_batches, count_photos
 from d2ssl.engine.checkpoint import Checkpointer, fitting, load_weights
+from d2ssl.engine.environment import versions
+from d2ssl.engine.weights_file import get
 from d2ssl.modeling import norm
+from d2ssl.modeling.donors import COUNTER
 from d2ssl.modeling.fingerprint import fingerprint, probe_image, relative_difference
 from d2ssl.modeling.pretext_model import PretextModel
-from d2ssl.modeling.trunk import part_of
+from d2ssl.modeling.trunk import pretrain_part_of
 
 logger = logging.getLogger("d2ssl")
-
-STOCK_PART = {"bottom_up": ("STEM", "RES"), "fpn": ("FPN",), "box_head": ("BOX_HEAD",)}
-
-
-def versions() -> Dict[str, str]:
-    return {
-        "d2ssl": __version__,
-        "detectron2": detectron2.__version__,
-        "torch": str(torch.__version__),  # its own class would not load with weights_only
-    }
 
 
 def provenance(cfg) -> Dict:
@@ -51,7 +34,7 @@ def provenance(cfg) -> Dict:
         "photos_per_iteration": pretrain.SOLVER.IMS_PER_BATCH,
         "seed": cfg.SEED,
         "versions": versions(),
-        "config": {key: _plain(get_key(cfg, key)) for key in CONVENTIONS},
+        "config": {key: get(cfg, key) for key in CONVENTIONS},
     }
 
 
@@ -80,10 +63,6 @@ CONVENTIONS = (
     "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION",
     "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO",
 )
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
 
 
 def hand_off(cfg) -> str:
@@ -119,9 +98,11 @@ def hand_off(cfg) -> str:
     report = load_weights(detector, cfg.MODEL.WEIGHTS, *fitting(finetune))
     received = report.loaded
     parts = [p for p in cfg.SSL.TRAIN if p in pretext.method.reaches]
-    state = {k: v for k, v in trunk.state_dict().items() if not k.endswith("num_batches_tracked")}
-    kept = [prefix for part in parts for prefix in STOCK_PART[part]]
-    state = {k: v for k, v in state.items() if part_of(k).startswith(tuple(kept))}
+    state = {
+        name: value
+        for name, value in trunk.state_dict().items()
+        if pretrain_part_of(name) in parts and not name.endswith(COUNTER)
+    }
     detector.load_state_dict(state, strict=False)
     values = fingerprint(detector.backbone, detector.roi_heads, finetune, probe)
     _check_same(trained, values, parts)
@@ -134,7 +115,7 @@ def hand_off(cfg) -> str:
             **provenance(cfg),
             "trained": parts,
             "loss_range": list(pretext.method.loss_range),
-            "after": _earlier_methods(cfg.MODEL.WEIGHTS),
+            "after": methods_of(report.record),
             "probe": probe,
             "fingerprint": values,
         },
@@ -150,13 +131,20 @@ def hand_off(cfg) -> str:
     return path
 
 
-def _earlier_methods(weights: str) -> List[str]:
-    """The methods that pretrained the initial weights, where these are a hand-off themselves."""
-    if not weights.endswith(".pth"):
-        return []
-    path = PathManager.get_local_path(weights)
-    record = torch.load(path, map_location="cpu", weights_only=False).get("d2ssl")
-    return [*record.get("after", []), record["method"]] if record else []
+def read_record(path: str) -> Dict:
+    """What a hand-off says of itself, and how many ``tensors`` it holds, which are not read.
+
+    Empty where there is no such file.
+    """
+    if not os.path.isfile(path):
+        return {}
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return {**content.get("d2ssl", {}), "tensors": len(content["model"])}
+
+
+def methods_of(record: Dict) -> List[str]:
+    """The methods that made weights, one after the other; none where they are no hand-off."""
+    return [*record.get("after", []), *filter(None, [record.get("method")])]
 
 
 def _check_same(trained: Dict, handed: Dict, parts) -> None:

@@ -23,6 +23,8 @@ from d2ssl.modeling.methods import PretextMethod
 
 logger = logging.getLogger("d2ssl")
 
+COLLAPSED = 0.1  # a spread of embeddings below it is warned about
+
 
 class LearningRate(HookBase):
     """Set each parameter group's lr from the iteration alone.
@@ -74,9 +76,9 @@ class CollapseMeter(HookBase):
     methods at once, the lowest.
     """
 
-    def __init__(self, model, period: int = 20, warn_below: float = 0.1):
+    def __init__(self, model, period: int = 20):
         self.methods = [m for m in model.modules() if isinstance(m, PretextMethod)]
-        self.period, self.warn_below = period, warn_below
+        self.period = period
 
     def after_step(self):
         step = self.trainer.iter + 1
@@ -89,7 +91,7 @@ class CollapseMeter(HookBase):
             return
         lowest, name = min(spreads)
         self.trainer.storage.put_scalar("embedding_spread", lowest, smoothing_hint=False)
-        if lowest < self.warn_below:
+        if lowest < COLLAPSED:
             logger.warning(
                 "The embeddings of %s are collapsing (spread %.3f, healthy is near 1): lower "
                 "SSL.SOLVER.BASE_LR or raise SSL.SOLVER.IMS_PER_BATCH.", name, lowest

@@ -50,7 +50,7 @@ from d2ssl.engine.solver import (
 from d2ssl.errors import D2SSLError, Diverged
 from d2ssl.modeling import norm
 from d2ssl.modeling.pretext_model import PretextModel
-from d2ssl.modeling.trunk import part_of
+from d2ssl.modeling.trunk import part_of, pretrain_part_of
 
 logger = logging.getLogger("d2ssl")
 
@@ -230,8 +230,7 @@ class PretrainTrainer(Trainer):
     def start_from(self, report):
         super().start_from(report)
         model = self.module
-        parts = {"FPN": "FPN", "BOX_HEAD": "BOX_HEAD"}
-        self.loaded_parts = {parts.get(part_of(name), "BOTTOM_UP") for name in report.loaded}
+        self.loaded_parts = {pretrain_part_of(name).upper() for name in report.loaded}
         self._refuse_random_below_learning()
         if report.loaded:
             model.eval()

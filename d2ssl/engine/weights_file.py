@@ -1,7 +1,5 @@
 """What a file of weights holds, whoever wrote it, and which config keys its tensors speak for."""
 
-import argparse
-import contextlib
 import os
 import pickle
 import re
@@ -11,6 +9,7 @@ import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
 
+from d2ssl.compat import command_line_allowed
 from d2ssl.config import get_key
 from d2ssl.errors import D2SSLError
 
@@ -45,7 +44,7 @@ def read(path: str) -> Dict:
             with open(path, "rb") as file:
                 content = pickle.load(file, encoding="latin1")  # as Detectron2 does
         else:
-            with _options_allowed():
+            with command_line_allowed():
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises anything
         found = re.search(r"GLOBAL (\S+)", str(error))
@@ -58,13 +57,6 @@ def read(path: str) -> Dict:
     if not isinstance(content, dict) or not dict(flat(content)):
         raise D2SSLError(f"{path}: not a checkpoint: there are no tensors by name in it")
     return content
-
-
-def _options_allowed():
-    """SoCo, DINO and others save their command line's options too, which hold plain values."""
-    if not hasattr(torch.serialization, "safe_globals"):  # before torch 2.5
-        return contextlib.nullcontext()
-    return torch.serialization.safe_globals([argparse.Namespace])
 
 
 def flat(content: Dict, path: str = "") -> Iterator[Tuple[str, torch.Tensor]]:

@@ -13,22 +13,19 @@ import json
 import logging
 import math
 import os
-import platform
 import shutil
 import statistics
 import time
 from dataclasses import dataclass
 from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
-import detectron2
-import torch
 from scipy.special import stdtrit
 
-from d2ssl import __version__
 from d2ssl.atomic import atomic_open
 from d2ssl.config import leaves, load_cfg, pretrain_cfg
 from d2ssl.data.build import register_datasets
 from d2ssl.engine.auto import resolve_auto
+from d2ssl.engine.environment import device_name, versions
 from d2ssl.engine.inputs import file_hash, pretraining_inputs
 from d2ssl.engine.trainer import PretrainTrainer
 from d2ssl.errors import D2SSLError
@@ -312,22 +309,6 @@ def seconds_left(results: Iterable[dict], waiting: Iterable[Run]) -> float:
     if not everything:
         return math.nan
     return sum(statistics.fmean(took.get(run.method, everything)) for run in waiting)
-
-
-def versions() -> Dict[str, str]:
-    """Of what results depend on, for those who repeat them."""
-    return {
-        "d2ssl": __version__,
-        "Detectron2": detectron2.__version__,
-        "PyTorch": str(torch.__version__),
-        "Python": platform.python_version(),
-    }
-
-
-def device_name(cfg) -> str:
-    if cfg.MODEL.DEVICE.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} thread(s)"
 
 
 def comparison(

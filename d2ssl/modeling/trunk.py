@@ -39,6 +39,18 @@ def part_of(parameter_name: str) -> str:
     return "OTHER"
 
 
+def pretrain_part_of(parameter_name: str) -> str:
+    """Which of ``config.PRETRAIN_PARTS`` a parameter belongs to; "" for none, as predictors do."""
+    for prefix, part in (
+        ("backbone.bottom_up.", "bottom_up"),
+        ("backbone.fpn_", "fpn"),
+        ("roi_heads.box_head.", "box_head"),
+    ):
+        if parameter_name.startswith(prefix):
+            return part
+    return ""
+
+
 def canonical_size_in_views(cfg, canonical_size: int, view_size: int) -> int:
     """Size in px of a box that is pooled from P4 while pretraining, given that in fine-tuning."""
     return max(1, canonical_size * view_size // max(cfg.INPUT.MIN_SIZE_TRAIN))

@@ -1,18 +1,17 @@
 """What :mod:`d2ssl.evaluation.compare` found, as numbers, a table and loss curves."""
 
-import io
 import json
 import math
 import os
 from typing import List, Optional, Sequence
 
 import matplotlib
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from tabulate import tabulate
 
 from d2ssl.atomic import atomic_open
-from d2ssl.report.plots import BLUE, GREY, ORANGE, STYLE
+from d2ssl.report.plots import BLUE, GREY, ORANGE, STYLE, svg, tidy
 
 COLUMNS = (
     "method", "loss", "top-1 (%)", "start (%)", "gain (points)", "res5: top-1", "res5: gain",
@@ -82,10 +81,7 @@ def page(comparison: dict) -> str:
 
 def table(methods: Sequence[dict]) -> str:
     """One line a method, in Markdown; – where nothing is known."""
-    rows = [_row(method) for method in methods]
-    return "\n".join(
-        "| " + " | ".join(cells) + " |" for cells in (COLUMNS, ("---",) * len(COLUMNS), *rows)
-    )
+    return tabulate(map(_row, methods), COLUMNS, "github", disable_numparse=True)
 
 
 def _row(method: dict) -> List[str]:
@@ -137,7 +133,6 @@ def plot_gains(methods: Sequence[dict]) -> bytes:
     methods = sorted((m for m in methods if m["seeds"]), key=lambda m: m["top1"]["fpn"]["gain"])
     with matplotlib.rc_context({**STYLE, "font.size": 9}):
         figure = Figure(figsize=(6.4, 0.28 * len(methods) + 1.0), layout="constrained")
-        FigureCanvasSVG(figure)
         axes = figure.subplots()
         axes.axvline(0, color=GREY, linewidth=0.8)
         for shift, (feature, (label, color)) in zip((0.15, -0.15), FEATURES.items()):
@@ -150,12 +145,10 @@ def plot_gains(methods: Sequence[dict]) -> bytes:
         axes.set_yticks(range(len(methods)), [m["method"] for m in methods])
         axes.set_ylim(-0.6, len(methods) - 0.4)
         axes.set_xlabel("gain in top-1 over the untrained trunk, points")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(left=False)
-        axes.grid(axis="x", color=GREY, alpha=0.2, linewidth=0.8)
+        tidy(axes, "x")
         if methods:
             axes.legend(frameon=False, loc="lower right", labelcolor=GREY)
-        return _svg(figure)
+        return svg(figure)
 
 
 def plot_losses(runs: Sequence[dict], columns: int = 4) -> bytes:
@@ -168,7 +161,6 @@ def plot_losses(runs: Sequence[dict], columns: int = 4) -> bytes:
     rows = math.ceil(len(methods) / columns)
     with matplotlib.rc_context({**STYLE, "font.size": 8}):
         figure = Figure(figsize=(2.4 * columns + 0.3, 1.8 * rows + 0.3), layout="constrained")
-        FigureCanvasSVG(figure)
         panels = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
         for i, (method, axes) in enumerate(zip(methods, panels)):
             curves = [r["loss"] for r in runs if r["method"] == method and not r["failed"]]
@@ -182,17 +174,10 @@ def plot_losses(runs: Sequence[dict], columns: int = 4) -> bytes:
             axes.set_title(method, fontsize=9)
             axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
             axes.tick_params(labelbottom=i + columns >= len(methods))  # the lowest of a column
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.8)
+            tidy(axes)
         panels[0].set_xlim(0, None)
         for axes in panels[len(methods) :]:
             axes.set_visible(False)
         figure.supxlabel("photo views", fontsize=9)
         figure.supylabel("loss", fontsize=9)
-        return _svg(figure)
-
-
-def _svg(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return file.getvalue()
+        return svg(figure)

@@ -1,16 +1,14 @@
 """One self-contained page about data sets before they are trained on, and the same in few words."""
 
 import dataclasses
-import html
-import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import matplotlib
 import numpy as np
 from detectron2.data import MetadataCatalog
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from tabulate import tabulate
 
 from d2ssl.atomic import make_folder
 from d2ssl.data.checks import ERROR, SEVERITIES, CheckedSet, Finding
@@ -22,11 +20,10 @@ from d2ssl.errors import D2SSLError
 from d2ssl.modeling.methods import PRETEXT_REGISTRY
 from d2ssl.modeling.trunk import canonical_size_in_views
 from d2ssl.report import pieces
-from d2ssl.report.pictures import describe_labels, draw_labels
-from d2ssl.report.plots import BLUE, GREY, ORANGE, STYLE
+from d2ssl.report.pictures import SIDE, describe_labels, draw_labels
+from d2ssl.report.plots import BLUE, GREY, ORANGE, STYLE, svg, tidy
 
 COCO_SIZES = (32, 96)  # px: small, medium, large
-SIDE = 480  # px of a picture's longer side
 MOST_ROWS = 100  # of one kind of finding
 MOST_PICTURES = 8  # of findings
 MOST_CLASSES = 30  # that are not folded away
@@ -45,7 +42,7 @@ def write_dataset_page(path: str, sets: Sequence[CheckedSet], cfg) -> None:
     title = ", ".join(one.name for one in sets)
     body = [
         pieces.heading(title),
-        f"<p><strong>{html.escape(verdict(sets))}</strong></p>",
+        pieces.paragraph("", verdict(sets)),
         _findings(sets),
         _contents(sets),
         _classes(sets),
@@ -64,11 +61,7 @@ def verdict(sets: Sequence[CheckedSet]) -> str:
 
 def summary(sets: Sequence[CheckedSet], cfg) -> str:
     """The page in a few lines of plain text."""
-    rows = _rows(sets)
-    columns = [max(map(len, column)) for column in zip(*rows)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, columns)).rstrip() for row in rows
-    ]
+    lines = [tabulate(_rows(sets), tablefmt="plain", disable_numparse=True)]
     for findings in _by_kind(sets):
         one = findings[0]
         where = ": ".join(filter(None, (one.file, one.detail)))
@@ -105,15 +98,16 @@ def _findings(sets: Sequence[CheckedSet]) -> str:
         if len(findings) > MOST_ROWS:
             more = f"{len(findings) - MOST_ROWS} more: {findings[0].what}"
             rows.append((findings[0].severity, more, "–", findings[0].fix))
+    head = pieces.heading("Findings", 2)
     if not rows:
-        return "<h2>Findings</h2>" + pieces.line("None.")
+        return head + pieces.line("None.")
     table = pieces.table(("", "what", "file", "what to do"), rows, main=0, kind="words")
-    return "<h2>Findings</h2>" + table + _found_photos(sets)
+    return head + table + _found_photos(sets)
 
 
 def _contents(sets: Sequence[CheckedSet]) -> str:
     head, *rows = _rows(sets)
-    return "<h2>Contents</h2>" + pieces.table(head, rows)
+    return pieces.heading("Contents", 2) + pieces.table(head, rows)
 
 
 def _rows(sets: Sequence[CheckedSet]) -> list[list[str]]:
@@ -156,10 +150,10 @@ def _classes(sets: Sequence[CheckedSet]) -> str:
     ]
     rows.sort(key=lambda row: -sum(row[1:]))
     head = ["", *(f"{one.name}: {counted[one.kind]}" for one in sets)]
-    out = "<h2>Classes</h2>" + pieces.bars(head, rows[:MOST_CLASSES])
+    out = pieces.heading("Classes", 2) + pieces.bars(head, rows[:MOST_CLASSES])
     if number > MOST_CLASSES:
         rest = pieces.bars(head, rows[MOST_CLASSES:])
-        out += f"<details><summary>{number - MOST_CLASSES} rarer classes</summary>{rest}</details>"
+        out += pieces.folded(f"{number - MOST_CLASSES} rarer classes", rest)
     return out
 
 
@@ -170,7 +164,7 @@ def _sizes(sets: Sequence[CheckedSet], cfg) -> str:
     least, most = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     low, high = COCO_SIZES
     scaled = f"short side {least} px, long side at most {most} px" if least else "not scaled"
-    out = "<h2>Sizes of objects</h2>" + pieces.line(
+    out = pieces.heading("Sizes of objects", 2) + pieces.line(
         "The size of an object is the square root of its box's area; in the photo, of its mask's: "
         f"APs, APm and APl are of objects under {low}, {low} to {high} and over {high} px there. "
         f"In fine-tuning photos are {scaled} (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST)."
@@ -185,10 +179,10 @@ def _sizes(sets: Sequence[CheckedSet], cfg) -> str:
     bins = _bins(np.concatenate([sides for one in sets for _, sides, _ in _plotted(one, cfg)]))
     for one in sets:
         said = _mismatch(one, cfg)
-        out += pieces.heading(one.name, 3) + (f"<p>{html.escape(said)}</p>" if said else "")
+        out += pieces.heading(one.name, 3) + (pieces.paragraph(said) if said else "")
         caption = "Objects by size, and the level that they are pooled from in fine-tuning"
         plot = pieces.plots([(caption, _plot(one, cfg, bins))])
-        out += f'<div class="one">{plot}</div>{_size_table(one, cfg)}{_level_table(one, cfg)}'
+        out += pieces.block("one", plot) + _size_table(one, cfg) + _level_table(one, cfg)
     return out
 
 
@@ -235,7 +229,9 @@ def _found_photos(sets: Sequence[CheckedSet]) -> str:
                 seen.add(case)
                 caption = f"{finding.severity}: {finding.what}; {finding.detail}".rstrip("; ")
                 figures.append(_figure(one, about[finding.file], caption, finding.other))
-    return f'<h3>Some of them</h3><div class="sheet">{"".join(figures)}</div>' if figures else ""
+    if not figures:
+        return ""
+    return pieces.heading("Some of them", 3) + pieces.block("sheet", *figures)
 
 
 def _photos(checked: CheckedSet) -> str:
@@ -244,8 +240,7 @@ def _photos(checked: CheckedSet) -> str:
     ]
     if not figures:
         return ""
-    head = pieces.heading(f"Photos of {checked.name}", 2)
-    return f'{head}<div class="sheet">{"".join(figures)}</div>'
+    return pieces.heading(f"Photos of {checked.name}", 2) + pieces.block("sheet", *figures)
 
 
 def _figure(checked: CheckedSet, index: int, caption: str = "", other: str = "") -> str:
@@ -364,7 +359,6 @@ def _plot(checked: CheckedSet, cfg, bins: np.ndarray) -> bytes:
     looks = ((BLUE, "stepfilled", 0.55), (ORANGE, "step", 1.0))
     with matplotlib.rc_context({**STYLE, "font.size": 10}):
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-        FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         for (name, sides, _), (color, kind, alpha) in zip(_plotted(checked, cfg), looks):
             axes.hist(sides, bins, weights=np.full(len(sides), 100 / len(sides)), histtype=kind,
@@ -384,10 +378,6 @@ def _plot(checked: CheckedSet, cfg, bins: np.ndarray) -> bytes:
         axes.minorticks_off()
         axes.set_xlabel("size of objects (px)")
         axes.set_ylabel("objects (%)")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.8)
-        axes.set_axisbelow(True)
+        tidy(axes)
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-        return file.getvalue()
+        return svg(figure)

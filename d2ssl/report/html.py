@@ -1,26 +1,19 @@
 """One self-contained page about a run: what it was, its AP, its curves, its pictures."""
 
-import html
 import json
 import math
 import os
 from typing import Dict, Sequence
 
-import detectron2
-import torch
 from PIL import Image
 
-from d2ssl import __version__
 from d2ssl.config import changed, finetune_cfg, method_title, pretrain_cfg, pretrained_path
 from d2ssl.data.build import count_photos, load_dicts
+from d2ssl.engine.environment import device_name, in_words, versions
+from d2ssl.engine.handoff import methods_of, read_record
 from d2ssl.engine.self_training import label_files
 from d2ssl.report import pieces, plots
-from d2ssl.report.pictures import (
-    compare_predictions,
-    count_own_labels,
-    predictions_file,
-    show_own_labels,
-)
+from d2ssl.report.pictures import SURE, compare_predictions, predictions_file, show_own_labels
 
 AP_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SMALL_TEST_SET = 200  # photos; COCO's own validation set has 5000
@@ -68,25 +61,24 @@ def _headline(cfg) -> str:
         ("Started from", os.path.basename(cfg.MODEL.WEIGHTS) or "random weights"),
         ("Network", _network(cfg)),
         ("Seed", cfg.SEED),
-        ("Device", _device(cfg)),
-        ("Versions", f"d2ssl {__version__}, Detectron2 {detectron2.__version__}, "
-                     f"PyTorch {torch.__version__}"),
+        ("Device", device_name(cfg)),
+        ("Versions", in_words(versions())),
     ]  # fmt: skip
-    return f"<h1>{html.escape(_method(cfg))}</h1>\n{pieces.facts(facts)}"
+    return pieces.heading(_method(cfg)) + pieces.facts(facts)
 
 
 def _results(cfg) -> str:
     path = os.path.join(finetune_cfg(cfg).OUTPUT_DIR, "results.json")
-    parts = ["<h2>Average precision</h2>"]
+    head = pieces.heading("Average precision", 2)
     if not os.path.isfile(path):
-        return parts[0] + pieces.line("Not evaluated yet.")
+        return head + pieces.line("Not evaluated yet.")
     with open(path) as file:
         results = json.load(file)["results"]
     # Detectron2 puts the set's name around the results when there are several sets.
-    several = len(cfg.DATASETS.TEST) > 1
+    parts, several = [head], len(cfg.DATASETS.TEST) > 1
     for name, tasks in results.items() if several else [(cfg.DATASETS.TEST[0], results)]:
         if several:
-            parts.append(f"<h3>{html.escape(name)}</h3>")
+            parts.append(pieces.heading(name, 3))
         parts.append(_ap_table(tasks))
         parts.append(_small_set_note(name.removesuffix("_TTA")))
     return "\n".join(filter(None, parts))
@@ -118,9 +110,7 @@ def _ap_table(tasks: Dict[str, Dict[str, float]]) -> str:
             "pixels)."
         )
     if classes:
-        out += (
-            f"<details><summary>By class</summary>{pieces.table(['', '', ''], classes)}</details>"
-        )
+        out += pieces.folded("By class", pieces.table(["", "", ""], classes))
     return out
 
 
@@ -136,7 +126,7 @@ def _small_set_note(name: str) -> str:
 
 
 def _pretraining(cfg) -> str:
-    head = "<h2>Pretraining</h2>"
+    head = pieces.heading("Pretraining", 2)
     if not cfg.SSL.ENABLED:
         return head + pieces.line("Switched off (SSL.ENABLED False): plain fine-tuning.")
     stage = pretrain_cfg(cfg)
@@ -144,7 +134,7 @@ def _pretraining(cfg) -> str:
     if not metrics:
         return head + pieces.line("Not run yet.")
     figures = [
-        ("Loss", plots.plot_losses(metrics, _hand_off_record(cfg).get("loss_range"))),
+        ("Loss", plots.plot_losses(metrics, read_record(pretrained_path(cfg)).get("loss_range"))),
         ("Spread of the embeddings: near 1 is healthy, 0 is collapse",
          plots.plot_spread(metrics)),
         ("Learning rate", plots.plot_learning_rate(metrics)),
@@ -189,42 +179,33 @@ def _sheet(stage, name: str, title: str, text: str, alt: str) -> str:
         return ""
     with Image.open(path) as image:
         picture = pieces.picture(image.convert("RGB"), alt)
-    return f'<h3>{title}</h3>{pieces.line(text)}<div class="scroll">{picture}</div>'
-
-
-def _hand_off_record(cfg) -> dict:
-    """What the hand-off says of itself; empty where there is none."""
-    path = pretrained_path(cfg)
-    if not os.path.isfile(path):
-        return {}
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return {**content.get("d2ssl", {}), "tensors": len(content["model"])}
+    return pieces.heading(title, 3) + pieces.line(text) + pieces.block("scroll", picture)
 
 
 def _hand_off(cfg) -> str:
-    path, record = pretrained_path(cfg), _hand_off_record(cfg)
-    head = "<h3>Hand-off</h3>"
+    path = pretrained_path(cfg)
+    record = read_record(path)
+    head = pieces.heading("Hand-off", 3)
     if not record:
         return head + pieces.line("No weights were handed off yet.")
-    versions = record.get("versions", {})
     facts = [
         ("File", os.path.relpath(path, cfg.OUTPUT_DIR)),
         ("Tensors", record["tensors"]),
-        ("Method", " after ".join([record.get("method"), *reversed(record.get("after", []))])),
+        ("Method", " after ".join(reversed(methods_of(record)))),
         ("Trained parts", ", ".join(record.get("trained", []))),
         ("Started from", record.get("initial_weights")),
         ("Photos", f"{record.get('num_photos')} of {', '.join(record.get('datasets', []))}"),
         ("Length", _of_photos(record.get("iterations"), record.get("photos_per_iteration"))),
         ("Seed", record.get("seed")),
-        ("Versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
+        ("Versions", in_words(record.get("versions", {}))),
     ]
     conventions = "\n".join(f"{k}: {v}" for k, v in record.get("config", {}).items())
-    folded = pieces.folded("Conventions that these weights need", conventions)
+    folded = pieces.folded("Conventions that these weights need", pieces.verbatim(conventions))
     return head + pieces.facts(facts) + folded
 
 
 def _finetuning(cfg) -> str:
-    head = "<h2>Fine-tuning</h2>"
+    head = pieces.heading("Fine-tuning", 2)
     stage = finetune_cfg(cfg)
     metrics = plots.read_metrics(os.path.join(stage.OUTPUT_DIR, "metrics.json"))
     if not metrics:
@@ -242,21 +223,21 @@ def _own_labels(stage) -> str:
     files = label_files(stage.OUTPUT_DIR) if stage.SSL.SELF_TRAINING.ENABLED else []
     if not files:
         return ""
+    pictures, (used, photos, objects) = show_own_labels(files[-1], stage.DATASETS.TRAIN[0])
     figures = [
         pieces.figure(shown.image, f"{shown.name}: {shown.sure} taken, {shown.unsure} hidden")
-        for shown in show_own_labels(files[-1], stage.DATASETS.TRAIN[0])
+        for shown in pictures
     ]
-    used, photos, objects = count_own_labels(files[-1])
     options = stage.SSL.SELF_TRAINING
     return (
-        "<h3>What the detector labelled itself</h3>"
+        pieces.heading("What the detector labelled itself", 3)
         + pieces.line(
             f"In colour what it took for labels (a score of at least {options.SCORE:.0%}); what it "
             f"was unsure of (at least {options.UNSURE:.0%}) is hidden and was painted over. "
             f"{pieces.count(objects, 'object')} on {used} of {pieces.count(photos, 'photo')}, the "
             f"others were left out; {os.path.basename(files[-1])} has all, in COCO's format."
         )
-        + f'<div class="photos">{"".join(figures)}</div>'
+        + pieces.block("photos", *figures)
     )
 
 
@@ -265,22 +246,21 @@ def _predictions(stage) -> str:
     evaluated = os.path.isfile(os.path.join(stage.OUTPUT_DIR, "results.json"))
     if not evaluated or not os.path.isfile(predictions_file(stage)):
         return ""
-    figures = []
-    for shown in compare_predictions(stage):
-        text = f"{shown.name}: {shown.num_labels} labelled, {shown.num_predictions} predicted"
-        figures.append(pieces.figure(shown.image, text))
+    figures = [pieces.figure(shown.image, shown.caption) for shown in compare_predictions(stage)]
     return (
-        "<h3>Labels and predictions</h3>"
-        + pieces.line("Left: labels. Right: predictions with a score of at least 50 %.")
-        + f'<div class="photos">{"".join(figures)}</div>'
+        pieces.heading("Labels and predictions", 3)
+        + pieces.line(
+            f"Left: labels. Right: predictions with a score of at least {100 * SURE:.0f} %."
+        )
+        + pieces.block("photos", *figures)
     )
 
 
 def _settings(cfg) -> str:
-    lines = "\n".join(f"{k}: {v}" for k, v in changed(cfg).items() if k.startswith("SSL."))
+    keys = "\n".join(f"{k}: {v}" for k, v in changed(cfg).items() if k.startswith("SSL."))
     return (
-        "<h2>Settings</h2>"
-        + pieces.folded("SSL keys that differ from their defaults", lines or "none")
+        pieces.heading("Settings", 2)
+        + pieces.folded("SSL keys that differ from their defaults", pieces.verbatim(keys or "none"))
         + pieces.line("config.yaml in the output folder holds all keys.")
     )
 
@@ -304,12 +284,6 @@ def _network(cfg) -> str:
     if "resnet" in model.BACKBONE.NAME:
         return f"ResNet-{model.RESNETS.DEPTH}" + (" + FPN" if "fpn" in model.BACKBONE.NAME else "")
     return model.BACKBONE.NAME
-
-
-def _device(cfg) -> str:
-    if cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return cfg.MODEL.DEVICE.upper() if cfg.MODEL.DEVICE == "cpu" else cfg.MODEL.DEVICE
 
 
 def _of_photos(iterations: int, photos: int) -> str:

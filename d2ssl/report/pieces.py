@@ -1,7 +1,7 @@
 """Pieces of HTML that our pages are put together from, and the page around them.
 
-A page is one file that needs no other: pictures are in it. All text that comes from outside passes
-through html.escape here; what a function returns is HTML.
+A page is one file that needs no other: pictures are in it. Text is escaped here and nowhere else;
+what a function returns is HTML, and so is ``content`` that is given to one.
 """
 
 import base64
@@ -89,6 +89,21 @@ def line(text: str) -> str:
     return f'<p class="soft">{html.escape(text)}</p>'
 
 
+def paragraph(text: str, strong: str = "") -> str:
+    """Louder than a line, and louder still what is ``strong``, in front."""
+    strong = f"<strong>{html.escape(strong)}</strong> " if strong else ""
+    return f"<p>{strong}{html.escape(text)}</p>"
+
+
+def block(kind: str, *content: str) -> str:
+    """
+    Args:
+        kind: "photos": wide ones, one under another; "sheet": small ones in rows; "grid": plots in
+            rows; "one": a plot alone; "scroll": what may be wider than the page.
+    """
+    return f'<div class="{kind}">{"".join(content)}</div>'
+
+
 def facts(rows: Sequence[Tuple[str, object]]) -> str:
     cells = (f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in rows)
     return f"<dl>{''.join(cells)}</dl>"
@@ -109,7 +124,7 @@ def table(
             for i, cell in enumerate(row)
         )
         out += f"<tr>{''.join(cells)}</tr>"
-    return f'<div class="scroll"><table class="{kind}">{out}</table></div>'
+    return block("scroll", f'<table class="{kind}">{out}</table>')
 
 
 def _header(head: Sequence[str]) -> str:
@@ -126,12 +141,16 @@ def bars(head: Sequence[str], rows: Sequence[Sequence]) -> str:
             for number, top in zip(numbers, most)
         )
         out += f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>"
-    return f'<div class="scroll"><table>{out}</table></div>'
+    return block("scroll", f"<table>{out}</table>")
 
 
-def folded(summary: str, text: str) -> str:
-    summary, text = html.escape(summary), html.escape(text)
-    return f"<details><summary>{summary}</summary><pre>{text}</pre></details>"
+def folded(summary: str, *content: str) -> str:
+    return f"<details><summary>{html.escape(summary)}</summary>{''.join(content)}</details>"
+
+
+def verbatim(text: str) -> str:
+    """As it was typed, line by line."""
+    return f"<pre>{html.escape(text)}</pre>"
 
 
 def plots(figures: List[Tuple[str, bytes]]) -> str:
@@ -140,7 +159,7 @@ def plots(figures: List[Tuple[str, bytes]]) -> str:
         if svg:
             image = _data_image(svg, "image/svg+xml", caption)
             out += f"<figure><figcaption>{html.escape(caption)}</figcaption>{image}</figure>"
-    return f'<div class="grid">{out}</div>'
+    return block("grid", out)
 
 
 def figure(image: np.ndarray, caption: str) -> str:

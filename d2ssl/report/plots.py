@@ -6,9 +6,10 @@ import os
 from typing import Dict, List, Optional, Tuple
 
 import matplotlib
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from d2ssl.engine.hooks import COLLAPSED
 
 # One mid grey for axes and text: legible on white and on black, so figures can be transparent.
 GREY = "#7b828c"
@@ -82,10 +83,10 @@ def plot_losses(metrics: Metrics, known_range: Optional[Tuple[float, float]] = N
     return _plot(metrics, lines, "loss", band=known_range, band_label="possible range of the total")
 
 
-def plot_spread(metrics: Metrics, warn_below: float = 0.1) -> bytes:
+def plot_spread(metrics: Metrics) -> bytes:
     """Spread of the embeddings, 0 (collapsed) to 1, with the level that is warned about."""
     lines = [("embedding_spread", "embeddings", GREEN, 2.0)]
-    return _plot(metrics, lines, "spread", (0, 1.05), (0.0, warn_below), "collapsed")
+    return _plot(metrics, lines, "spread", (0, 1.05), (0.0, COLLAPSED), "collapsed")
 
 
 def plot_learning_rate(metrics: Metrics) -> bytes:
@@ -103,7 +104,6 @@ def plot_ap(metrics: Metrics) -> bytes:
 def _plot(metrics, lines, ylabel, ylim=(None, None), band=None, band_label="") -> bytes:
     with matplotlib.rc_context({**STYLE, "font.size": 10}):
         figure = Figure(figsize=(5.2, 3.6))
-        FigureCanvasSVG(figure)
         axes = figure.add_axes((0.14, 0.33, 0.83, 0.6))  # the same in all, so that they line up
         for name, label, color, width in lines:
             x, y = series(metrics, name)
@@ -119,9 +119,7 @@ def _plot(metrics, lines, ylabel, ylim=(None, None), band=None, band_label="") -
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("iteration")
         axes.set_ylabel(ylabel)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.8)
-        axes.set_axisbelow(True)
+        tidy(axes)
         handles, labels = axes.get_legend_handles_labels()
         if len(handles) > 1:
             axes.legend(
@@ -133,6 +131,22 @@ def _plot(metrics, lines, ylabel, ylim=(None, None), band=None, band_label="") -
                 frameon=False,
                 fontsize=9.5,
             )
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-        return file.getvalue()
+        return svg(figure)
+
+
+def tidy(axes, values: str = "y") -> None:
+    """No frame, and faint lines at the ticks of the axis of ``values``: "y", or "x" where each row
+    has a name."""
+    axes.spines[["top", "right"]].set_visible(False)
+    if values == "x":
+        axes.spines.left.set_visible(False)
+        axes.tick_params(left=False)
+    axes.grid(axis=values, color=GREY, alpha=0.2, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def svg(figure: Figure) -> bytes:
+    """The same file whenever it is drawn; call it within the ``rc_context`` of the drawing."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return file.getvalue()

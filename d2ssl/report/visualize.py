@@ -1,6 +1,7 @@
 """Pictures of what a stage is given or has found, as files in a folder or on one page.
 
-The drawing is that of :mod:`d2ssl.report.pictures`; here is chosen what is drawn.
+The drawing is that of :mod:`d2ssl.report.pictures` and :mod:`d2ssl.report.sheets`; here is chosen
+what is drawn.
 """
 
 import os
@@ -29,13 +30,14 @@ from d2ssl.modeling.methods import PretextMethod
 from d2ssl.modeling.pretext_model import PretextModel
 from d2ssl.report import pieces
 from d2ssl.report.pictures import (
-    PutPictures,
-    compare,
+    SURE,
+    beside_predictions,
     describe_labels,
     draw_labels,
     draw_objects,
     read_predictions,
 )
+from d2ssl.report.sheets import PutPictures
 
 
 @dataclass
@@ -77,7 +79,7 @@ def show_predictions(
     num_photos: int,
     seed: int | None,
     side: int,
-    min_score: float = 0.5,
+    min_score: float = SURE,
     by_confidence: bool = False,
 ) -> Iterator[Shown]:
     """Photos of a set with their labels on the left and predictions on the right.
@@ -105,8 +107,8 @@ def show_predictions(
         chosen = sorted(chosen, key=confidence, reverse=True)
     chosen = list(chosen)[:num_photos]
     for rank, (index, photo) in enumerate(zip(chosen, decoded(name, [dicts[i] for i in chosen]))):
-        shown = compare(photo, found.get(photo["image_id"], []), metadata, side)
-        caption = f"{shown.name}: {shown.num_labels} labelled, {shown.num_predictions} predicted"
+        shown = beside_predictions(photo, found.get(photo["image_id"], []), metadata, side)
+        caption = shown.caption
         if shown.num_predictions:
             caption += f" with a mean score of {confidence(index):.0%}"
         yield Shown(
@@ -138,7 +140,7 @@ def show_views(cfg, num_photos: int, seed: int | None) -> Iterator[Shown]:
     num_photos *= len(stage.DATASETS.TRAIN)
     trainer = SimpleNamespace(loader=loader, module=model, cfg=stage)
     for name, caption, pictures in (
-        ("views", "What the network sees", PutPictures.of_views(cfg, trainer, num_photos)),
+        ("views", "What the network sees", PutPictures.of_views(trainer, num_photos)),
         ("matches", "What it is told is the same", PutPictures.of_matches(trainer, num_photos)),
     ):
         sheet = pictures.draw()
@@ -226,6 +228,6 @@ def write_pictures(output: str, title: str, shown: Iterable[Shown]) -> int:
             Image.fromarray(one.image).save(file, kind, quality=90)
     if is_page:
         make_folder(os.path.dirname(output))
-        body = f'<div class="photos">{"".join(figures)}</div>'
-        pieces.write_page(output, title, [pieces.heading(title), body])
+        body = [pieces.heading(title), pieces.block("photos", *figures)]
+        pieces.write_page(output, title, body)
     return count

@@ -25,8 +25,8 @@ from d2ssl import pipeline
 from d2ssl.atomic import atomic_open
 from d2ssl.config import finetune_cfg, pretrain_cfg
 from d2ssl.data.datasets.files import read_json
+from d2ssl.engine.environment import device_name, versions
 from d2ssl.errors import D2SSLError, Diverged
-from d2ssl.evaluation.compare import device_name, versions
 from d2ssl.evaluation.matches import TASKS, match
 from d2ssl.report.pictures import predictions_file
 from d2ssl.report.plots import read_metrics, series

@@ -2,14 +2,12 @@
 as CSV, a figure."""
 
 import csv
-import html
 import io
 import json
 import os
 import shlex
 from typing import Dict, List, Mapping, Optional, Sequence
 
-import numpy as np
 from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
@@ -17,17 +15,22 @@ from d2ssl.atomic import atomic_open, make_folder
 from d2ssl.config import changed, finetune_cfg, method_title
 from d2ssl.data.datasets.catalog import decoded, listed
 from d2ssl.data.photos import read_photo
-from d2ssl.evaluation.compare import versions
+from d2ssl.engine.environment import versions
 from d2ssl.evaluation.matches import TASKS
 from d2ssl.evaluation.statistics import UNKNOWN
 from d2ssl.report import pieces
-from d2ssl.report.pictures import draw_objects, predictions_file, read_predictions
+from d2ssl.report.pictures import (
+    SURE,
+    draw_objects,
+    predictions_file,
+    read_predictions,
+    side_by_side,
+)
 from d2ssl.study import plots
 from d2ssl.study.findings import Results, describe_worth, gain, signed
 from d2ssl.study.plan import Run, Study, Task, on_all_labels, recipe_differences
 
 SIDE = 300  # of a picture, the longer one, in pixels
-SURE = 0.5  # predictions below it are not drawn
 FEW_PHOTOS = 200  # of the test: up to here study.json holds what each detection matched
 COLUMNS = ("arm", "budget", "subset", "seed", "segm AP", "bbox AP", "iterations", "seconds",
            "failed")  # fmt: skip
@@ -184,7 +187,7 @@ def _sections(study: Study, results: Results, found: dict, about: dict, runs) ->
         ]
     return [
         pieces.heading("Does it pay?"),
-        _answer(study, found, about),
+        _answer(found, about),
         _facts(study, results, about),
         pieces.heading("AP over labels", 2),
         pieces.plots([("Masks", plots.plot_efficiency(found["cells"], arms)),
@@ -201,11 +204,11 @@ def _sections(study: Study, results: Results, found: dict, about: dict, runs) ->
         _arms(study, about, runs),
         _failures(found),
         pieces.heading("Run it again", 2),
-        pieces.folded("Command and versions", _again(about)),
+        pieces.folded("Command and versions", pieces.verbatim(_again(about))),
     ]  # fmt: skip
 
 
-def _answer(study: Study, found: dict, about: dict) -> str:
+def _answer(found: dict, about: dict) -> str:
     done = sum(cell["runs"] for cell in found["cells"])
     unfinished = about["planned"] - done - len(found["failed"])
     parts = []
@@ -217,7 +220,7 @@ def _answer(study: Study, found: dict, about: dict) -> str:
         )
     for sentence in found["answer"]:
         head, _, rest = sentence.partition(". ")
-        parts.append(f"<p><strong>{html.escape(head)}.</strong> {html.escape(rest)}</p>")
+        parts.append(pieces.paragraph(rest, f"{head}."))
     return "".join(parts)
 
 
@@ -255,7 +258,7 @@ def _ap(estimate: dict) -> str:
 
 
 def _one(caption: str, figure: bytes) -> str:
-    return f'<div class="one">{pieces.plots([(caption, figure)])}</div>' if figure else ""
+    return pieces.block("one", pieces.plots([(caption, figure)])) if figure else ""
 
 
 def _difference_table(found: dict) -> str:
@@ -392,19 +395,17 @@ def _photos(study: Study, found: dict, runs: Sequence[Run]) -> str:
             draw_objects(image, objects, metadata, SIDE)
             for objects in (photo.get("annotations", []), *predicted)
         ]
-        gap = np.full((drawn[0].shape[0], 8, 3), 128, np.uint8)
-        sheet = np.concatenate([drawn[0], gap, drawn[1], gap, drawn[2]], axis=1)
         caption = f"{name}: segm AP {change['before']:.0f} → {change['after']:.0f}"
         title = f"{change['against']} → {change['arm']}, {change['budget']} labels"
-        figures.setdefault(title, []).append(pieces.figure(sheet, caption))
+        figures.setdefault(title, []).append(pieces.figure(side_by_side(drawn), caption))
     if not figures:
         return ""
     out = pieces.heading("The photos that changed most", 2) + pieces.line(
         "Labels, the arm without unlabelled photos, and with them: predictions of one repeat with "
-        "a score of at least 50 %. AP of the photo alone, mean over the repeats."
+        f"a score of at least {100 * SURE:.0f} %. AP of the photo alone, mean over the repeats."
     )
     for title, pictures in figures.items():
-        out += pieces.heading(title, 3) + f'<div class="photos">{"".join(pictures)}</div>'
+        out += pieces.heading(title, 3) + pieces.block("photos", *pictures)
     return out
 
 
@@ -427,7 +428,7 @@ def _arms(study: Study, about: dict, runs: Sequence[Run]) -> str:
     files = (shlex.quote(os.path.join(study.output, _final(name))) for name in names)
     return out + pieces.folded(
         f"Train one on all {study.total} labels",
-        "\n".join(f"tools/train_net.py --config-file {file}" for file in files),
+        pieces.verbatim("\n".join(f"tools/train_net.py --config-file {file}" for file in files)),
     )
 
 

@@ -1,4 +1,4 @@
-"""The runs of a study: arms x labelled budgets x subsets x seeds, see :mod:`d2ssl.study.yaml_file`."""
+"""The runs of a study (see :mod:`d2ssl.study.yaml_file`): arms x budgets x subsets x seeds."""
 
 import hashlib
 import json

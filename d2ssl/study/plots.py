@@ -4,12 +4,10 @@ import io
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from d2ssl.report.plots import BLUE, GREEN, GREY, ORANGE, PARTS, PURPLE, STYLE
+from d2ssl.report.plots import BLUE, GREEN, GREY, ORANGE, PARTS, PURPLE, STYLE, svg, tidy
 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, *PARTS)
 
@@ -49,9 +47,9 @@ def plot_efficiency(
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("labelled photos")
         axes.set_ylabel(f"{what} AP on the test photos (%)")
-        _tidy(axes)
+        tidy(axes)
         axes.legend(frameon=False, loc="best")
-        return _file(figure, kind)
+        return svg(figure) if kind == "svg" else _png(figure)
 
 
 def plot_differences(differences: Sequence[dict], arms: Sequence[str]) -> bytes:
@@ -72,10 +70,8 @@ def plot_differences(differences: Sequence[dict], arms: Sequence[str]) -> bytes:
         axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel("difference in segm AP")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(left=False)
-        axes.grid(axis="x", color=GREY, alpha=0.2, linewidth=0.8)
-        return _file(figure)
+        tidy(axes, "x")
+        return svg(figure)
 
 
 def plot_panels(
@@ -108,7 +104,7 @@ def plot_panels(
             axes.set_title(f"{budget} labels", fontsize=9)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.set_xlabel(xlabel)
-            _tidy(axes)
+            tidy(axes)
         panels[0].set_ylabel(ylabel)
         panels[0].set_ylim(0, None)
         legends = [axes.get_legend_handles_labels() for axes in panels]
@@ -119,21 +115,10 @@ def plot_panels(
         figure.legend(
             shown.values(), shown.keys(), loc="outside lower center", ncol=3, frameon=False
         )
-        return _file(figure)
+        return svg(figure)
 
 
-def _tidy(axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _file(figure: Figure, kind: str = "svg") -> bytes:
+def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
-    if kind == "png":
-        FigureCanvasAgg(figure)
-        figure.savefig(file, format="png", dpi=160, facecolor="white")
-    else:
-        FigureCanvasSVG(figure)
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(file, format="png", dpi=160, facecolor="white")
     return file.getvalue()

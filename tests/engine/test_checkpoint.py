@@ -44,6 +44,20 @@ def test_weights_saved_from_several_processes(tmp_path):
     assert report.loaded == [*state] and not report.unused
 
 
+def test_report_has_what_a_hand_off_says_of_itself(tmp_path):
+    state, path = Net().state_dict(), str(tmp_path / "a.pth")
+    record = {"method": "BYOL", "after": ["SoCo"], "config": {"INPUT.FORMAT": "BGR"}}
+    for content, expected in (
+        ({"model": state, "d2ssl": record}, record),
+        ({"model": state}, {}),
+        (state, {}),
+    ):
+        torch.save(content, path)
+        report = load_weights(Net(), path)
+        assert report.record == expected and report.conventions == expected.get("config", {})
+    assert load_weights(Net(), "").record == {}
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
 def test_what_is_no_checkpoint(tmp_path, content):
     path = tmp_path / "bad.pth"

@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
 from d2ssl.config import pretrained_path
-from d2ssl.engine.handoff import _earlier_methods
+from d2ssl.engine.handoff import read_record
 from d2ssl.errors import D2SSLError
 from d2ssl.pipeline import evaluate_only, finetune, pretrain
 
@@ -196,10 +196,8 @@ def test_predictors_of_a_detector_keep_their_classes(tiny_cfg, tmp_path):
                        donor["roi_heads.mask_head.predictor.weight"][1:])  # fmt: skip
 
 
-def test_other_weights_have_nothing_before_them(tmp_path):
-    files = {name: str(tmp_path / f"{name}.pth") for name in ("plain", "old", "bare")}
-    torch.save({"model": {}}, files["plain"])
-    torch.save({"model": {}}, files["old"], _use_new_zipfile_serialization=False)
-    torch.save({"conv1.weight": torch.zeros(1)}, files["bare"])
-    for weights in ("", "detectron2://R-50.pkl", *files.values()):
-        assert _earlier_methods(weights) == []
+def test_a_hand_off_that_is_not_there_has_no_record(handed_off, tmp_path):
+    cfg, content = handed_off
+    record = read_record(pretrained_path(cfg))
+    assert record["tensors"] == len(content["model"]) and record.keys() >= content["d2ssl"].keys()
+    assert read_record(str(tmp_path / "none.pth")) == {}
