@@ -138,4 +138,5 @@ def test_the_studies_in_configs(write_yaml, tmp_path, monkeypatch):
         lengths = {arm.name: 9 for arm in study.arms.values() if arm.matched}
         runs = [task for task in plan(study, lengths) if isinstance(task, Run)]
         assert len(runs) == len(study.arms) * len(study.subsets)
-        assert not recipe_differences(study), file
+        lengths_differ = file.stem == "pennfudan_choice"  # that is what it asks
+        assert lengths_differ or not recipe_differences(study), file
