@@ -39,6 +39,8 @@ th { font-weight: 600; color: var(--soft); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td.main { font-weight: 700; }
 table:not(.words) td { white-space: nowrap; }
+table.dense { font-size: .85rem; }
+table.dense th, table.dense td { padding: .35rem .5rem; vertical-align: top; white-space: normal; }
 .words th, .words td { text-align: left; vertical-align: top; }
 .words td + td { overflow-wrap: anywhere; min-width: 6rem; }
 td.bar { min-width: 7rem; background: linear-gradient(to right,
@@ -115,7 +117,7 @@ def table(
     """
     Args:
         main: column of the figure that matters most.
-        kind: "words" where cells hold text rather than numbers.
+        kind: "words" where cells hold text rather than numbers, "dense" where they are many.
     """
     out = _header(head)
     for row in rows:

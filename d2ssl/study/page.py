@@ -272,7 +272,8 @@ def _difference_table(found: dict) -> str:
         for d in found["differences"]
     ]  # fmt: skip
     head = ["", "over", "labels", "segm AP", "bbox AP", "segm AP over its control"]
-    return pieces.table([*head, "worth labels", "repeats", "verdict"], rows, main=3)
+    head += ["worth labels", "repeats", "verdict"]
+    return pieces.table(head, rows, main=3, kind="dense")
 
 
 def _more(difference: dict) -> str:
