@@ -48,7 +48,8 @@ def tiny_cfg(demo_root, tmp_path, monkeypatch):
     return make
 
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+REPO = Path(__file__).resolve().parents[1]
+CONFIGS = REPO / "configs"
 TINY = """
 DATASETS.TRAIN ('balloon_demo_train@4',)
 INPUT.MIN_SIZE_TRAIN (64,96) INPUT.MAX_SIZE_TRAIN 128 INPUT.MIN_SIZE_TEST 96 INPUT.MAX_SIZE_TEST 128

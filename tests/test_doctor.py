@@ -18,8 +18,8 @@ from d2ssl.engine import handoff
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.fingerprint import fingerprint, probe_image
 from d2ssl.modeling.norm import refuse_uncalibrated
+from tests.conftest import REPO
 
-REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "tools" / "doctor.py"
 # ResNet-18, and narrow wherever a key can say so: a detector is built in a blink.
 SMALL = [

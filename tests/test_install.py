@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from d2ssl.compat import has_compiled_ops
+from tests.conftest import REPO
 
-REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "tools" / "install_detectron2.py"
 
 

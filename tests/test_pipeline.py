@@ -7,14 +7,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import pytest
 
-from tests.conftest import CONFIGS, TINY
-
-REPO = Path(__file__).resolve().parents[1]
+from tests.conftest import CONFIGS, REPO, TINY
 
 
 @pytest.fixture(scope="module")

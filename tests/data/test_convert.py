@@ -376,6 +376,7 @@ def command(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
+    sys.modules.pop("my_sets", None)  # another test's
 
     def run(*args):
         try:

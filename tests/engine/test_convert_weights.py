@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +24,8 @@ from d2ssl.doctor import FAIL, OK, weights
 from d2ssl.engine import convert_weights
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.donors import find_donor, fold
+from tests.conftest import REPO
 
-REPO = Path(__file__).resolve().parents[2]
 SCRIPT = REPO / "tools" / "convert_weights.py"
 BASE = str(REPO / "configs" / "Base-MaskRCNN-FPN.yaml")
 SMALL = [

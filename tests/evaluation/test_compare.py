@@ -14,9 +14,8 @@ import pytest
 from d2ssl.errors import D2SSLError
 from d2ssl.evaluation import compare, retrieval
 from d2ssl.evaluation.retrieval import BoxRetrieval
-from tests.conftest import CONFIGS, TINY
+from tests.conftest import CONFIGS, REPO, TINY
 
-REPO = Path(__file__).resolve().parents[2]
 KEYS = {
     **dict(zip(TINY[::2], TINY[1::2])), "SSL.PRECISION": "fp32", "SSL.SOLVER.IMS_PER_BATCH": "2",
 }  # fmt: skip

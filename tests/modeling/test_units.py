@@ -14,7 +14,7 @@ from d2ssl.data.views import View
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.pretext_model import PretextModel, ViewBatch
 from d2ssl.modeling.trunk import Trunk
-from d2ssl.modeling.units import Boxes, Cells, Regions, WholeImage, level_channels
+from d2ssl.modeling.units import Boxes, Cells, NearestCells, Regions, WholeImage, level_channels
 
 FPN = {f"p{i}": 6 for i in (2, 3, 4, 5)}
 
@@ -67,7 +67,9 @@ def random_windows(rng, count, flips):
 def test_cells_equal_the_definition_in_loops(levels, grid, sides, nearest):
     rng, radius = np.random.default_rng(0), 0.6
     windows = [random_windows(rng, 4, flips) for flips in ((False, True), (False, False, True))]
-    cells = Cells({level: 8 for level in levels.split()}, grid, radius, nearest)
+    cells = (NearestCells if nearest else Cells)(
+        {level: 8 for level in levels.split()}, grid, radius
+    )
     same, different = cells.compare(*(view_of(64, w) for w in windows))
     for photo in range(4):
         here, there = (centres_and_diagonals(w[photo], sides) for w in windows)
@@ -87,16 +89,16 @@ def test_cells_equal_the_definition_in_loops(levels, grid, sides, nearest):
 def test_a_cell_is_its_own_match_far_from_the_origin():
     """fp32: at 4000 px a distance by way of squares would be off by pixels."""
     window = [[3600.1, 3700.7, 3824.3, 3924.9]]
-    for nearest in (False, True):
-        same, _ = Cells(FPN, 14, 0.02, nearest).compare(view_of(224, window), view_of(224, window))
+    for kind in (Cells, NearestCells):
+        same, _ = kind(FPN, 14, 0.02).compare(view_of(224, window), view_of(224, window))
         assert (same[0] == torch.eye(same.shape[1], dtype=torch.bool)).all()
 
 
 def test_within_the_radius_only_the_nearest():
     """Cells of 8 px and their diagonal 11.3; b lies 3 px to the right, so the next are 5 px off."""
     views = [view_of(64, [[x, 0, x + 64, 64]]) for x in (0, 3)]
-    cells = {nearest: Cells({"p3": 8}, 14, 0.45, nearest) for nearest in (False, True)}
-    wide, one = (cells[nearest].compare(*views)[0][0].view(8, 8, 8, 8) for nearest in (False, True))
+    cells = (kind({"p3": 8}, 14, 0.45) for kind in (Cells, NearestCells))
+    wide, one = (kind.compare(*views)[0][0].view(8, 8, 8, 8) for kind in cells)
     assert wide[2, 4].nonzero().tolist() == [[2, 3], [2, 4]]
     assert one[2, 4].nonzero().tolist() == [[2, 4]]
 
@@ -201,7 +203,7 @@ def test_matched_cells_show_the_same_place(nearest):
     for view in (a, b):
         flipped = view.windows[:, 0] > view.windows[:, 2]
         assert 0 < flipped.sum() < len(items)
-    cells = Cells({"p3": 4, "p4": 4}, 8, 0.7, nearest)
+    cells = (NearestCells if nearest else Cells)({"p3": 4, "p4": 4}, 8, 0.7)
     same, different = cells.compare(a, b)
     level = np.repeat([0, 1], [64, 64]), np.repeat([0, 1], [64, 36])
     for n in range(len(items)):

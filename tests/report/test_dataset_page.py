@@ -4,7 +4,6 @@ import importlib.util
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ from d2ssl.data.checks import check_sets
 from d2ssl.data.datasets import register_balloon, register_image_folder
 from d2ssl.data.datasets.catalog import register_dataset
 from d2ssl.report.dataset_page import size_ratio, summary, write_dataset_page
+from tests.conftest import REPO
 
-REPO = Path(__file__).resolve().parents[2]
 SCRIPT = REPO / "tools" / "check_dataset.py"
 SETTINGS = ["SSL.DATASETS", ("any",), "INPUT.MIN_SIZE_TEST", 96, "INPUT.MAX_SIZE_TEST", 200,
             "INPUT.MIN_SIZE_TRAIN", (96,),

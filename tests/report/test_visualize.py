@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,8 +28,8 @@ from d2ssl.report.visualize import (
     show_views,
     write_pictures,
 )
+from tests.conftest import REPO
 
-REPO = Path(__file__).resolve().parents[2]
 SCRIPT = REPO / "tools" / "visualize_data.py"
 GREY = 90
 

@@ -3,14 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.conftest import CONFIGS, TINY
+from tests.conftest import CONFIGS, REPO, TINY
 
-REPO = Path(__file__).resolve().parents[2]
 EVIL = """
 import os, signal
 

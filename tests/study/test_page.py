@@ -1,15 +1,17 @@
 """The page of made-up results, in its text."""
 
 import html
+import json
 import re
 
 import pytest
 
 from d2ssl.study import plots
 from d2ssl.study.findings import Results, findings
-from d2ssl.study.page import write_study
+from d2ssl.study.page import markdown, write_study
 from d2ssl.study.plan import Run, plan
 from d2ssl.study.yaml_file import read_study
+from tests.conftest import REPO
 from tests.study.made_up import CLEAR, ap_of, result_of
 
 
@@ -83,3 +85,8 @@ def test_each_arm_is_in_the_legend(monkeypatch):
     lines = {3: {"b": points, "d": []}, 6: {"b": points, "a": points}}
     assert plots.plot_panels(lines, ["a", "b", "c"], "x", "y")
     assert seen == ["a", "b"]
+
+
+def test_the_readme_says_what_the_committed_study_does():
+    found = json.loads((REPO / "docs/results/balloon_study.json").read_text())
+    assert markdown(found) in (REPO / "README.md").read_text()
