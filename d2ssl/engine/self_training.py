@@ -18,7 +18,7 @@ import pycocotools.mask as coco_mask
 import torch
 from detectron2.engine import HookBase
 from detectron2.evaluation import inference_context
-from detectron2.modeling import DatasetMapperTTA, GeneralizedRCNNWithTTA
+from detectron2.modeling import DatasetMapperTTA
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch import nn
@@ -95,7 +95,7 @@ class LabelPhotos(HookBase):
 
 class MirroredAtScales:
     """The copies of a photo that ``GeneralizedRCNNWithTTA`` is to look at: at each scale one as it
-    is and one mirrored.
+    is and one mirrored. It gives the best boxes of all (by NMS) with the mean of their masks.
 
     Args:
         scales: in any unit; the photo is given at the largest.
@@ -109,12 +109,6 @@ class MirroredAtScales:
         # Detectron2 limits the long side, too, by one number for all scales: here it is done.
         sides = [round(side * factor) for factor in self.factors]
         return DatasetMapperTTA(sides, ANY_SIDE, flip=True)(example)
-
-
-def mirrored_at_scales(cfg, model: nn.Module, scales: Sequence[float]) -> nn.Module:
-    """A detector that looks at copies of a photo, see :class:`MirroredAtScales`: the best boxes of
-    all (after NMS), with the mean of their masks."""
-    return GeneralizedRCNNWithTTA(cfg, model, MirroredAtScales(scales))
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ from d2ssl.engine.checkpoint import (
 from d2ssl.engine.coco import build_evaluator, flatten
 from d2ssl.engine.launch import distribute
 from d2ssl.engine.precision import apply_precision
-from d2ssl.engine.self_training import LabelPhotos, detect, mirrored_at_scales
+from d2ssl.engine.self_training import LabelPhotos, MirroredAtScales, detect
 from d2ssl.engine.solver import (
     build_optimizer,
     load_optimizer,
@@ -421,7 +421,7 @@ class FinetuneTrainer(Trainer):
         labeled, order = stream.dicts, stream.order
         mapper = mapper_at_test_size(cfg, scale=max(scales, default=1.0))
         if scales:
-            model = mirrored_at_scales(cfg, model, scales)
+            model = GeneralizedRCNNWithTTA(cfg, model, MirroredAtScales(scales))
 
         def label(photos):
             with self._reported_weights():

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
 from d2ssl.atomic import atomic_open
+from d2ssl.engine.environment import in_words
 from d2ssl.report.plots import BLUE, GREY, ORANGE, STYLE, svg, tidy
 
 COLUMNS = (
@@ -45,7 +46,7 @@ def write_comparison(folder: str, comparison: dict) -> None:
 def page(comparison: dict) -> str:
     """The table in Markdown, with what is needed to read it and to run it again."""
     task, methods = comparison["retrieval"], comparison["methods"]
-    versions = ", ".join(f"{name} {version}" for name, version in comparison["versions"].items())
+    versions = in_words(comparison["versions"])
     notes = [
         f"Each run: at most {comparison['photo_views']} photo views, from {comparison['start']}. "
         f"Seeds: {', '.join(map(str, comparison['seeds']))}.",

@@ -15,7 +15,7 @@ from d2ssl.atomic import atomic_open, make_folder
 from d2ssl.config import changed, finetune_cfg, method_title
 from d2ssl.data.datasets.catalog import decoded, listed
 from d2ssl.data.photos import read_photo
-from d2ssl.engine.environment import versions
+from d2ssl.engine.environment import in_words, versions
 from d2ssl.evaluation.matches import TASKS
 from d2ssl.evaluation.statistics import UNKNOWN
 from d2ssl.report import pieces
@@ -454,4 +454,4 @@ def _again(about: dict) -> str:
 
 def _versions(about: dict) -> str:
     """Those that the runs were made with, where they differ one after another."""
-    return "; ".join(", ".join(f"{k} {v}" for k, v in row.items()) for row in about["versions"])
+    return "; ".join(map(in_words, about["versions"]))

@@ -9,6 +9,7 @@ import pycocotools.mask as coco_mask
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 
@@ -26,7 +27,6 @@ from d2ssl.engine.self_training import (
     annotations,
     detect,
     label_files,
-    mirrored_at_scales,
     read_labels,
     write_labels,
 )
@@ -183,7 +183,7 @@ def test_a_mirrored_photo_is_labelled_alike(tiny_cfg, photos, tmp_path):
 
     mirrored = {**photos[0], "file_name": str(tmp_path / "mirrored.png")}
     cv2.imwrite(mirrored["file_name"], cv2.imread(photos[0]["file_name"])[:, ::-1])
-    both = mirrored_at_scales(cfg, model, [1.0])
+    both = GeneralizedRCNNWithTTA(cfg, model, MirroredAtScales([1.0]))
     rows, others = found(both, photos[0]), found(both, mirrored)
     assert len(rows) > 5
     scores, other_scores = ([row["score"] for row in found] for found in (rows, others))

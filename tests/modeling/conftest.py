@@ -8,7 +8,7 @@ from d2ssl.config import pretrain_cfg
 from d2ssl.data.build import build_pretrain_loader
 from d2ssl.engine.trainer import PretrainTrainer
 from d2ssl.modeling.pretext_model import PretextModel
-from d2ssl.modeling.trunk import part_of
+from d2ssl.modeling.trunk import pretrain_part_of
 
 
 @pytest.fixture
@@ -64,11 +64,9 @@ def assert_learns(trainer, losses, fall, spread=0.3, unseen=()):
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - fall
     if spread is not None:
         assert trainer.storage.latest()["embedding_spread"][0] > spread
-    parts = {"STEM": "bottom_up", "RES": "bottom_up", "FPN": "fpn", "BOX": "box_head"}
     wanted = {name for name, _ in model.method.named_parameters(prefix="method")}
     for name, _ in model.trunk.named_parameters():
-        part = next(part for start, part in parts.items() if part_of(name).startswith(start))
-        if part in model.method.reaches:
+        if pretrain_part_of(name) in model.method.reaches:
             wanted.add(f"trunk.{name}")
     wanted = {n for n in wanted if "_twin" not in n and not any(u in n for u in unseen)}
     learned = {n for n in trainer.learned if not any(u in n for u in unseen)}
