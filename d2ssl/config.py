@@ -127,6 +127,7 @@ def add_ssl_config(cfg: CN) -> None:
     # and what it finds is merged (Detectron2's test-time augmentation); none: one look, as in tests
     ssl.SELF_TRAINING.SCALES = ()  # e.g. (0.8, 1.0, 1.25)
     ssl.SELF_TRAINING.LABELED = 0.5  # share of photos with labels of their own, from then on
+    ssl.SELF_TRAINING.STRONG = 0.0  # share of what it labelled itself that looks as FINETUNE.STRONG
 
     # What fine-tuning can do beyond stock Detectron2; at its defaults it is stock.
     ssl.FINETUNE = CN()
@@ -145,6 +146,9 @@ def add_ssl_config(cfg: CN) -> None:
     ssl.FINETUNE.WEIGHTS_CLASSES = ""  # "coco" or names, where the weights do not say themselves
     ssl.FINETUNE.SCALE_JITTER = ()  # e.g. (0.1, 2.0): photos at a factor of their scale, cropped
     ssl.FINETUNE.COPY_PASTE = 0.0  # share of photos that objects of another one are pasted into
+    # Share of photos in the colours of SSL.INPUT, half of them blurred, with squares cut out of
+    # objects.
+    ssl.FINETUNE.STRONG = 0.0
     ssl.FINETUNE.EMA_DECAY = 0.0  # e.g. 0.998: evaluate and save the averaged weights
     ssl.FINETUNE.VAL_LOSS = True  # with TEST.EVAL_PERIOD: the losses on the test or dev photos
     # A set apart from the test set. Where one is named, TEST.EVAL_PERIOD evaluates it, and
@@ -368,6 +372,9 @@ def _check(cfg: CN) -> None:
         f"SSL.FINETUNE.SCALE_JITTER {jitter}: give the range of the factor, e.g. (0.1, 2.0)",
     )
     require(0 <= share <= 1, f"SSL.FINETUNE.COPY_PASTE {share}: give a share of photos, 0 to 1")
+    for node in ("FINETUNE", "SELF_TRAINING"):
+        strong = ssl[node].STRONG
+        require(0 <= strong <= 1, f"SSL.{node}.STRONG {strong}: give a share of photos, 0 to 1")
     require(
         share == 0 or cfg.MODEL.MASK_ON and not cfg.MODEL.KEYPOINT_ON,
         "SSL.FINETUNE.COPY_PASTE cuts objects out by their masks: set MODEL.MASK_ON True and "

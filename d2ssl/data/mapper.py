@@ -19,6 +19,8 @@ from d2ssl.data.regions import regions_in_view
 from d2ssl.data.views import View, cut_out, draw_holes, draw_views, paired_boxes, window_of
 from d2ssl.errors import D2SSLError
 
+CUT_OUT = 0.5  # share of objects that a square is cut out of, on photos that are to look different
+
 
 def to_tensor(photo: np.ndarray, image_format: str) -> torch.Tensor:
     """H x W x 3 uint8 RGB -> 3 x H x W uint8 in the config's colour order, the only place that is
@@ -201,6 +203,28 @@ def paint_over(photo: np.ndarray, masks: Sequence[dict], fill: Sequence[float]) 
     return painted
 
 
+def strong_colours(cfg) -> List[T.Augmentation]:
+    """Those of ``SSL.INPUT``, and blur in half of the photos; for RGB. K. Sohn et al., STAC, 2020,
+    and Y.-C. Liu et al., "Unbiased Teacher", ICLR 2021, train so on what the teacher labelled."""
+    options = cfg.SSL.INPUT
+    view = View(
+        options.VIEW_SIZE,
+        jitter=tuple(options.COLOR_JITTER),
+        jitter_p=options.COLOR_JITTER_PROB,
+        gray=options.GRAY_PROB,
+        blur_p=0.5,
+        solarize_p=0.0,
+    )
+    return view.photometric()
+
+
+def recoloured(photo: np.ndarray, augmentations: Sequence[T.Augmentation]) -> np.ndarray:
+    """A photo, H x W x 3 uint8, after augmentations that move nothing."""
+    drawn = T.AugInput(photo)
+    drawn.apply_augmentations(augmentations)
+    return drawn.image
+
+
 def shrunk(dataset_dict: dict, short_side: float) -> dict:
     """The dict of an annotated photo with a short side of at most ``short_side`` px: boxes, masks
     and keypoints as the mapper would scale them, once instead of at each step."""
@@ -224,7 +248,9 @@ class DetectionMapper(DatasetMapper):
     """Detectron2's training mapper on photos that are already decoded and scaled down.
 
     Boxes and masks are scaled along; augmentations, filters and output are the stock ones, unless
-    ``SSL.FINETUNE`` has ``SCALE_JITTER`` or ``COPY_PASTE``. Boxes then follow their masks.
+    ``SSL.FINETUNE`` has ``SCALE_JITTER`` or ``COPY_PASTE`` (boxes then follow their masks), or
+    ``STRONG``. Photos that the detector labelled itself, which have ``hidden``, go by
+    ``SSL.SELF_TRAINING.STRONG`` instead.
 
     Args:
         mask_format: default: ``INPUT.MASK_FORMAT``; "polygon" takes no run-length coded mask.
@@ -246,6 +272,9 @@ class DetectionMapper(DatasetMapper):
         self.factors = tuple(options.SCALE_JITTER) or (1.0, 1.0)
         self.paste_prob = options.COPY_PASTE
         self.others = others if is_train and self.paste_prob > 0 else ()
+        shares = (options.STRONG, cfg.SSL.SELF_TRAINING.STRONG) if is_train else (0.0, 0.0)
+        self.strong = dict(zip((False, True), shares))  # by whether the detector labelled it
+        self.colours = strong_colours(cfg)
         self.stock_augmentations = stock["augmentations"]
         if not is_train:
             size, most = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
@@ -267,13 +296,20 @@ class DetectionMapper(DatasetMapper):
         ]
 
     def __call__(self, dataset_dict: dict) -> dict:
-        image, example = self._augmented(dataset_dict, self.augmentations)
+        share = self.strong["hidden" in dataset_dict]
+        strong = (
+            share > 0 and np.random.rand() < share
+        )  # nothing is drawn where stock draws nothing
+        colours = self.colours if strong else ()
+        image, example = self._augmented(dataset_dict, self.augmentations, colours)
+        if strong:
+            image = cut_out(image, example["instances"].gt_boxes.tensor.numpy(), self.fill, CUT_OUT)
         if self.others and np.random.rand() < self.paste_prob:
             image, example["instances"] = self._pasted(image, example["instances"])
         example["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return example
 
-    def _augmented(self, dataset_dict: dict, augmentations: T.Augmentation):
+    def _augmented(self, dataset_dict: dict, augmentations: T.Augmentation, colours=()):
         """The augmented photo (H x W x 3 uint8 in the config's order), and its dict with what
         became of the annotations."""
         dataset_dict = copy.deepcopy(dataset_dict)
@@ -285,6 +321,8 @@ class DetectionMapper(DatasetMapper):
                 f"{dataset_dict['file_name']}: the annotation says {width} x {height}, the photo "
                 "has other proportions; correct the annotation, or the photo's EXIF orientation"
             )
+        if colours:
+            photo = recoloured(photo, colours)
         if self.image_format == "BGR":
             photo = cv2.cvtColor(photo, cv2.COLOR_RGB2BGR)
         hidden = dataset_dict.pop("hidden", None)

@@ -626,3 +626,42 @@ def test_what_is_hidden_is_painted_in_the_mean_colour(tiny_cfg, coloured_set, im
     outside[top - 2 : bottom + 2, left - 2 : right + 2] = True
     assert (painted[inside] == np.rint(MEAN)).all()
     assert (painted[~outside] == plain[~outside]).all() and (plain[inside] != np.rint(MEAN)).any()
+
+
+@pytest.mark.parametrize("key", ["SSL.FINETUNE.STRONG", "SSL.SELF_TRAINING.STRONG"])
+def test_strong_photos_look_different_and_show_the_same_objects(tiny_cfg, coloured_set, key):
+    """Of each kind, a person's labels and the detector's own, only those that are asked for."""
+    everything = ["SSL.INPUT.COLOR_JITTER_PROB", "1.0", "INPUT.RANDOM_FLIP", "none"]
+    cfgs = [coloured_cfg(tiny_cfg, *opts) for opts in ([key, "1.0", *everything], everything)]
+    for photo, own in ((coloured_set[0], False), ({**coloured_set[0], "hidden": []}, True)):
+        examples = []
+        for cfg in cfgs:
+            with random_state(0, 0):
+                examples.append({**DetectionMapper(cfg, read_photo)(photo), "index": 0})
+        strong, plain = examples
+        if own == ("SELF" in key):
+            changed = (strong["image"] != plain["image"]).float().mean()
+            assert changed > 0.5, changed
+            plain["image"] = strong["image"]
+            same(strong, plain)
+        else:
+            same(strong, plain)
+        tests = [DetectionMapper(cfg, read_photo, is_train=False)(photo)["image"] for cfg in cfgs]
+        assert torch.equal(*tests)
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_squares_are_cut_out_of_strong_objects(tiny_cfg, coloured_set, image_format):
+    cfg = coloured_cfg(
+        tiny_cfg, "INPUT.FORMAT", image_format, "SSL.FINETUNE.STRONG", "1.0",
+        "SSL.INPUT.COLOR_JITTER_PROB", "0.0", "SSL.INPUT.GRAY_PROB", "0.0",
+    )  # fmt: skip
+    mapper, shares = DetectionMapper(cfg, read_photo), []
+    for seed in range(60):
+        with random_state(0, seed):
+            example = mapper(coloured_set[0])
+        cut = (example["image"].permute(1, 2, 0).numpy() == np.rint(MEAN)).all(2).sum()
+        shares.append(cut / float(example["instances"].gt_boxes.area().sum()))
+    # Half of the objects lose 0.1 to 0.3 of their box, less where the square reaches out of the
+    # photo: of two objects none in a quarter of all cases, both in another.
+    assert 5 <= shares.count(0) <= 25 and 0.06 < np.mean(shares) < 0.12 and max(shares) <= 0.31
