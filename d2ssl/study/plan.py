@@ -23,11 +23,13 @@ INCIDENTAL = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "VERSION",
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to come to a detector: a config, and perhaps the arm whose time it is to spend."""
+    """A way to come to a detector: a config, perhaps the arm whose time it is to spend, and the
+    budgets that it is for, where these are not all of the study's."""
 
     name: str
     cfg: CfgNode
     matched: str = ""
+    budgets: Tuple[int, ...] = ()
 
     @property
     def pretrains(self) -> bool:
@@ -209,6 +211,8 @@ def plan(study: Study, matched_iterations: Mapping[str, int]) -> List[Task]:
             seed = number + SEED_STEP * k  # more subsets or seeds later change none of these
             for budget in study.budgets:
                 for arm in study.arms.values():
+                    if arm.budgets and budget not in arm.budgets:
+                        continue
                     needs = None
                     if arm.pretrains:
                         made = _pretraining(study, arm, seed)

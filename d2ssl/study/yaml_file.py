@@ -10,7 +10,7 @@
     BASELINE: imagenet
     ARMS:
       imagenet: {SSL.ENABLED: False}
-      soco: {SSL.METHOD: SoCo}
+      soco: {SSL.METHOD: SoCo, BUDGETS: [8, 16]}     these budgets alone
       longer: {FROM: imagenet, COMPUTE_MATCHED: soco}
 
 ``_BASE_`` works as in Detectron2's configs.
@@ -112,6 +112,7 @@ def read_study(
     for name in asked["ARMS"]:
         overlay = _inherited(file, asked["ARMS"], name)
         matched = overlay.pop("COMPUTE_MATCHED", "")
+        budgets = tuple(sorted(set(overlay.pop("BUDGETS", ()))))
         keys = {**common, **overlay}
         try:
             cfg = _arm_cfg(base, keys, register)
@@ -126,7 +127,7 @@ def read_study(
             cfg.defrost()
             cfg.MODEL.DEVICE = keys.get("MODEL.DEVICE", "cuda")
             cfg.freeze()
-        arms[name] = Arm(name, cfg, matched)
+        arms[name] = Arm(name, cfg, matched, budgets)
     tests = [arm.cfg.DATASETS.TEST for arm in arms.values()]
     study = Study(
         arms=arms,
@@ -191,10 +192,15 @@ def _check_types(file: str, asked: Mapping) -> None:
             raise D2SSLError(
                 f"{file}: arm {name}: give KEY: VALUE pairs; FROM and COMPUTE_MATCHED name one arm"
             )
-    for key, kinds, or_first in (("BUDGETS", int, ""), ("SUBSETS", (int, str), ' or "first"')):
-        values = asked[key] if isinstance(asked[key], list) else []
-        if any(not isinstance(value, kinds) for value in values):
-            raise D2SSLError(f"{file}: {key} {values}: give a list of whole numbers{or_first}")
+        _check_list(f"{file}: arm {name}: BUDGETS", overlay.get("BUDGETS", []))
+    _check_list(f"{file}: BUDGETS", asked["BUDGETS"])
+    if isinstance(asked["SUBSETS"], list):
+        _check_list(f"{file}: SUBSETS", asked["SUBSETS"], (int, str), ' or "first"')
+
+
+def _check_list(what: str, values, kinds=int, or_first: str = "") -> None:
+    if not isinstance(values, list) or any(not isinstance(value, kinds) for value in values):
+        raise D2SSLError(f"{what} {values}: give a list of whole numbers{or_first}")
 
 
 def _stem(file: str) -> str:
@@ -310,6 +316,11 @@ def _check(file: str, study: Study) -> None:
         require(
             not weights or "://" in weights or os.path.isfile(weights),
             f"arm {arm.name}: MODEL.WEIGHTS {weights}: no such file",
+        )
+        require(
+            set(arm.budgets) <= set(study.budgets),
+            f"arm {arm.name}: BUDGETS {list(arm.budgets)}: choose from those of the study, "
+            f"{study.budgets}",
         )
         check_classes(arm.cfg, [study.train, study.test])  # before hours of training
         require(

@@ -45,6 +45,13 @@ def test_every_arm_gets_the_same_labels_and_seed(study):
             assert len(load_dicts(group[0].cfg.DATASETS.TRAIN)) == budget
 
 
+def test_an_arm_with_budgets_of_its_own_has_these_alone(write_yaml):
+    arms = {"scratch": {"SSL.ENABLED": False}, "soco": {"BUDGETS": [6, 3]}, "x": {"FROM": "soco"}}
+    tasks = plan(read_study(write_yaml(ARMS=arms)), {})
+    budgets = {arm: {r.budget for r in runs_of(tasks) if r.arm == arm} for arm in arms}
+    assert budgets == {"scratch": {3, 6, 8}, "soco": {3, 6}, "x": {3, 6}}
+
+
 def test_labels_are_nested_differ_by_subset_and_never_are_dev_photos(study):
     small, large = (photos(study.labels(budget, 0)) for budget in (3, 6))
     assert small < large and small != photos(study.labels(3, 1))

@@ -70,6 +70,11 @@ def test_on_slurm_the_gpu_need_not_be_here(write_yaml):
         ({"ARMS": {"scratch": "soco"}}, "arm scratch: give KEY: VALUE pairs"),
         ({"ARMS": {"scratch": {"FROM": ["a", "b"]}}}, "COMPUTE_MATCHED name one arm"),
         ({"BUDGETS": [3, "6"]}, "BUDGETS [3, '6']: give a list of whole numbers"),
+        ({"ARMS": {"scratch": {"BUDGETS": 3}}}, "arm scratch: BUDGETS 3: give a list"),
+        (
+            {"ARMS": {"scratch": {"SSL.ENABLED": False}, "x": {"BUDGETS": [3, 4]}}},
+            "arm x: BUDGETS [3, 4]: choose from those of the study, [3, 6, 8]",
+        ),
         ({"SUBSETS": [[1]]}, "SUBSETS [[1]]: give a list of whole numbers"),
         ({"COMMON": {"MODEL.MASK_ON": False}}, "MODEL.MASK_ON is False"),
         (
