@@ -18,7 +18,8 @@ SEED_STEP = 1000  # between the seeds of one subset
 FINETUNE_ONLY = ("SOLVER.", "DATASETS.", "TEST.", "SSL.FINETUNE.", "SSL.SELF_TRAINING.",
                  "DATALOADER.SAMPLER_TRAIN")  # fmt: skip
 # What no result depends on.
-INCIDENTAL = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "VERSION", "SSL.CACHE_GB")
+INCIDENTAL = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "VERSION", "SSL.CACHE_GB",
+              "SOLVER.CHECKPOINT_PERIOD", "SSL.SOLVER.CHECKPOINT_PERIOD")  # fmt: skip
 
 
 @dataclass(frozen=True)
