@@ -40,12 +40,10 @@ def launcher(study: Study, jobs: int, slurm: Optional[Dict] = None) -> Launcher:
         if not jobs:
             raise D2SSLError("--cluster slurm needs --jobs, how many may be queued at a time")
         return Launcher(folder, jobs, [] if on_cpu else [0], slurm=slurm)
-    if not on_cpu:
-        gpus = _gpus()
-        return Launcher(folder, jobs or len(gpus), gpus)
-    cores = available_cores()
-    jobs = jobs or max(1, min(cores, int(_memory() / (GIB_A_PROCESS + cfg.SSL.CACHE_GB))))
-    return Launcher(folder, jobs, threads=max(1, cores // jobs))
+    gpus, cores = [] if on_cpu else _gpus(), available_cores()
+    fit = max(1, min(cores, int(_memory() / (GIB_A_PROCESS + cfg.SSL.CACHE_GB))))
+    jobs = jobs or len(gpus) or fit
+    return Launcher(folder, jobs, gpus, threads=max(1, cores // jobs))
 
 
 def _gpus() -> List[int]:
@@ -74,7 +72,7 @@ class Conductor:
 
     Args:
         call: runs a function in a job; None: nothing is to be run.
-        threads: of a process on a CPU.
+        threads: of each process.
         command: as the user typed it; it is kept with the results.
     """
 

@@ -43,7 +43,7 @@ def execute(task: Task, threads: int = 0) -> dict:
     """Do a task and keep its result; a failure is a result, too.
 
     Args:
-        threads: of PyTorch on a CPU; 0: as it likes.
+        threads: of PyTorch; 0: as it likes.
     Returns:
         what ``result.json`` holds: ``key``; ``device``; ``failed``, None, or why there is nothing
         else; ``final``, whether there is no use in trying again; and
@@ -175,7 +175,7 @@ class Launcher:
         at_once: processes at a time.
         gpus: GPUs of this machine, given to the processes in turn; on SLURM only whether there are
             any, one for each job.
-        threads: of each process on a CPU; 0: as PyTorch likes.
+        threads: of each process; 0: as PyTorch likes.
         slurm: options of SLURM without their prefix, e.g. {"partition": "gpu"}; None: processes on
             this machine.
     Raises:

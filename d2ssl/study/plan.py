@@ -47,7 +47,8 @@ class Arm:
         return _recipe(leaves(self.cfg))
 
     def kind(self, pretraining: bool) -> str:
-        """Equal for arms whose iterations, of pretraining or of fine-tuning, take the same time."""
+        """Equal for arms whose iterations, of pretraining or of fine-tuning, take the same time on
+        the same device."""
         skip = ("DATASETS", "MODEL.WEIGHTS", "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.BASE_LR")
         skip += tuple(f"SSL.{key}" for key in skip)
         skip += FINETUNE_ONLY if pretraining else ()
@@ -55,8 +56,7 @@ class Arm:
         if not pretraining:
             # An iteration takes as long with self-training as without; labelling is timed apart.
             values = _recipe(values)
-        values = {k: v for k, v in values.items() if not k.startswith(skip)}
-        return _key({**values, "device": self.cfg.MODEL.DEVICE})
+        return _key({k: v for k, v in values.items() if not k.startswith(skip)})
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from d2ssl.errors import D2SSLError
 from d2ssl.study.jobs import with_device
 from d2ssl.study.plan import Arm, Pretraining, Run, Study, Task
 
-WARM_UP, MEASURED = 2, 5
+ON_CPU, ON_GPU = 7, 40  # iterations; a GPU's are short, but it takes more to come up to speed
+MEASURED = 5  # of them, the last
 START = 20  # seconds for a process to come up: imports, photos, weights
 
 
@@ -32,17 +33,18 @@ def measure(arm: Arm, train: str, pretraining: bool, threads: int) -> Dict[str, 
     if threads:
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        cfg = arm.cfg.clone()
+        cfg = with_device(arm.cfg)
         cfg.defrost()
         cfg.OUTPUT_DIR = folder
         cfg.DATASETS.TRAIN = (train,)
-        cfg.SOLVER.MAX_ITER = cfg.SSL.SOLVER.MAX_ITER = WARM_UP + MEASURED
+        iterations = ON_CPU if cfg.MODEL.DEVICE == "cpu" else ON_GPU
+        cfg.SOLVER.MAX_ITER = cfg.SSL.SOLVER.MAX_ITER = iterations
         cfg.SOLVER.WARMUP_ITERS = cfg.SSL.SOLVER.WARMUP_ITERS = 0
         cfg.SOLVER.BASE_LR = cfg.SSL.SOLVER.BASE_LR = 1e-6  # whether it diverges is not asked here
         cfg.SSL.SELF_TRAINING.ENABLED = False  # an iteration takes as long with it
         cfg.SSL.ENABLED = pretraining  # what weights fine-tuning starts from does not matter here
         cfg.freeze()
-        cfg = pipeline.set_up(with_device(cfg))
+        cfg = pipeline.set_up(cfg)
         if pretraining:
             return {"iteration": _iteration(PretrainTrainer(pretrain_cfg(cfg)))}
         stage = finetune_cfg(cfg)
@@ -87,7 +89,9 @@ def timings(study: Study, call, threads: int) -> Dict[str, Dict[str, float]]:
             known = json.load(file)
 
     def find(arm: Arm, pretraining: bool) -> Dict[str, float]:
-        kind = arm.kind(pretraining)
+        kind = f"{arm.cfg.MODEL.DEVICE} {arm.kind(pretraining)}"
+        if kind not in known and call is None:  # it ran on another machine, say with a GPU
+            kind = next((k for k in known if k.endswith(arm.kind(pretraining))), kind)
         if kind not in known:
             if call is None:
                 raise D2SSLError(

@@ -268,9 +268,3 @@ def test_pretraining_follows_what_its_proposals_are_made_of(write_yaml, tmp_path
     register_dataset("balloon_demo_train", lambda: rows, thing_classes=classes)
     assert key("grid") == searched
     assert key(str(file)) != from_file and key("annotations") != from_labels
-
-
-def test_a_cpus_time_is_not_a_gpus(write_yaml):
-    arms = [read_study(write_yaml(), elsewhere=e).arms["soco"] for e in (False, True)]
-    for pretraining in (False, True):
-        assert arms[0].kind(pretraining) != arms[1].kind(pretraining)
