@@ -9,10 +9,12 @@ another one before it.
 import glob
 import json
 import logging
+import math
 import os
 import time
 from typing import Callable, Dict, List, Sequence
 
+import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
@@ -28,6 +30,7 @@ from d2ssl.atomic import atomic_open
 from d2ssl.data.datasets.files import read_json
 from d2ssl.data.mapper import shrunk
 from d2ssl.data.masks import encode
+from d2ssl.data.photos import scaled_size
 
 logger = logging.getLogger("d2ssl")
 
@@ -113,7 +116,12 @@ class MirroredAtScales:
 
 @torch.no_grad()
 def detect(
-    model: nn.Module, photos: Sequence[dict], mapper: Callable, score: float, unsure: float
+    model: nn.Module,
+    photos: Sequence[dict],
+    mapper: Callable,
+    score: float,
+    unsure: float,
+    side: float = math.inf,
 ) -> List[List[dict]]:
     """What a detector finds on photos, as COCO's annotations with ``score``: the photos' lists.
 
@@ -124,18 +132,24 @@ def detect(
             half of its mask.
         unsure: what else has at least this score is marked ``iscrowd``, of its mask without what
             objects cover. Where nothing is left of it, it is left out.
+        side: short side in pixels that masks are made at, at most; then they are enlarged. On a
+            large photo that takes a fraction of the time.
     """
     found = []
     with inference_context(model):
         for photo in tqdm(photos, "labelling", disable=not comm.is_main_process(), leave=False):
-            instances = model([mapper(photo)])[0]["instances"]
+            size = photo["height"], photo["width"]
+            height, width = scaled_size(*size, side)
+            example = {**mapper(photo), "height": height, "width": width}
+            instances = model([example])[0]["instances"]
             instances = instances[instances.scores >= unsure].to("cpu")
-            found.append(annotations(instances, score))
+            found.append(annotations(instances, score, size))
     return found
 
 
-def annotations(instances, score: float) -> List[dict]:
-    """Predicted ``Instances`` as annotations; see :func:`detect`."""
+def annotations(instances, score: float, size: Sequence[int] = ()) -> List[dict]:
+    """Predicted ``Instances`` as annotations of a photo of this ``size`` (height, width; default:
+    theirs); see :func:`detect`."""
     height, width = instances.image_size
     if instances.has("pred_masks"):
         masks = instances.pred_masks.numpy()
@@ -147,7 +161,7 @@ def annotations(instances, score: float) -> List[dict]:
     if instances.has("pred_masks"):
         sure &= ~_covered(masks, instances.scores.numpy(), instances.pred_classes.numpy(), sure)
     masks[~sure] &= ~masks[sure].any(0)
-    encoded = [_encode(mask) for mask in masks]
+    encoded = [_encode(mask, size or (height, width)) for mask in masks]
     rows = zip(instances.scores.tolist(), instances.pred_classes.tolist(), encoded, sure)
     return [
         {
@@ -179,8 +193,9 @@ def _covered(
     return covered
 
 
-def _encode(mask: np.ndarray) -> dict:
-    rle = encode(mask)
+def _encode(mask: np.ndarray, size: Sequence[int]) -> dict:
+    columns = np.ascontiguousarray(mask.T, np.uint8)  # enlarged so, it need not be turned for RLE
+    rle = encode(cv2.resize(columns, tuple(size), interpolation=cv2.INTER_NEAREST).T)
     return {**rle, "counts": rle["counts"].decode()}  # as JSON has it
 
 

@@ -418,6 +418,7 @@ class FinetuneTrainer(Trainer):
         """The hook; none where each photo has labels."""
         cfg, options = self.cfg, self.cfg.SSL.SELF_TRAINING
         stream, scales, model = self.loader.stream, options.SCALES, self.module
+        side = training_side(cfg)
         labeled, order = stream.dicts, stream.order
         mapper = mapper_at_test_size(cfg, scale=max(scales, default=1.0))
         if scales:
@@ -425,7 +426,7 @@ class FinetuneTrainer(Trainer):
 
         def label(photos):
             with self._reported_weights():
-                return detect(model, photos, mapper, options.SCORE, options.UNSURE)
+                return detect(model, photos, mapper, options.SCORE, options.UNSURE, side)
 
         def use(found):
             if found:
@@ -438,7 +439,6 @@ class FinetuneTrainer(Trainer):
         if not photos:
             logger.info("SSL.SELF_TRAINING: each photo of SSL.DATASETS has labels, none is left")
             return []
-        side = training_side(cfg)
         return [LabelPhotos(iterations, label, photos, use, cfg.OUTPUT_DIR, self.classes(), side)]
 
     @contextlib.contextmanager

@@ -196,6 +196,27 @@ def test_a_mirrored_photo_is_labelled_alike(tiny_cfg, photos, tmp_path):
     )
 
 
+def test_masks_made_small_are_those_of_the_photo(tiny_cfg, photos, tmp_path):
+    """Of a photo six times as large, and not square."""
+    cfg = self_cfg(tiny_cfg)
+    model, mapper = FinetuneTrainer(cfg).module, mapper_at_test_size(cfg)
+    torch.nn.init.constant_(model.roi_heads.mask_head.predictor.bias, 9)  # masks fill their boxes
+    file, (height, width) = str(tmp_path / "large.png"), (576, 768)
+    cv2.imwrite(file, cv2.resize(cv2.imread(photos[0]["file_name"]), (width, height)))
+    photo = {"file_name": file, "height": height, "width": width, "image_id": 0}
+    (whole,), (small,) = (detect(model, [photo], mapper, 0.06, 0.05, side) for side in (1e9, 96))
+    assert len(small) > 5
+    by_score = {row["score"]: row for row in whole}
+    overlaps = []
+    for row in small:
+        mask, other = (coco_mask.decode(r["segmentation"]) for r in (row, by_score[row["score"]]))
+        assert mask.shape == (height, width)
+        overlaps.append((mask & other).sum() / (mask | other).sum())
+        blocks = mask.reshape(96, 6, 128, 6)
+        assert (blocks.min((1, 3)) == blocks.max((1, 3))).all()  # each pixel became six times six
+    assert np.mean(overlaps) > 0.8  # what is left between objects is thin
+
+
 @pytest.mark.parametrize("limit", [128, 100])  # the long side, a third more than the short one
 def test_copies_have_the_sizes_of_the_scales(tiny_cfg, photos, limit):
     cfg = self_cfg(tiny_cfg, "INPUT.MAX_SIZE_TEST", str(limit))
