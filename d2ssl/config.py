@@ -127,7 +127,9 @@ def add_ssl_config(cfg: CN) -> None:
     # and what it finds is merged (Detectron2's test-time augmentation); none: one look, as in tests
     ssl.SELF_TRAINING.SCALES = ()  # e.g. (0.8, 1.0, 1.25)
     ssl.SELF_TRAINING.LABELED = 0.5  # share of photos with labels of their own, from then on
-    ssl.SELF_TRAINING.STRONG = 0.0  # share of what it labelled itself that looks as FINETUNE.STRONG
+    # Share of these photos that look different, see FINETUNE.STRONG; without it, to learn them is
+    # to repeat what the detector said
+    ssl.SELF_TRAINING.STRONG = 1.0
 
     # What fine-tuning can do beyond stock Detectron2; at its defaults it is stock.
     ssl.FINETUNE = CN()
