@@ -632,7 +632,8 @@ def test_what_is_hidden_is_painted_in_the_mean_colour(tiny_cfg, coloured_set, im
 def test_strong_photos_look_different_and_show_the_same_objects(tiny_cfg, coloured_set, key):
     """Of each kind, a person's labels and the detector's own, only those that are asked for."""
     everything = ["SSL.INPUT.COLOR_JITTER_PROB", "1.0", "INPUT.RANDOM_FLIP", "none"]
-    cfgs = [coloured_cfg(tiny_cfg, *opts) for opts in ([key, "1.0", *everything], everything)]
+    off = ["SSL.SELF_TRAINING.STRONG", "0.0"]  # it is on by default
+    cfgs = [coloured_cfg(tiny_cfg, *off, key, share, *everything) for share in ("1.0", "0.0")]
     for photo, own in ((coloured_set[0], False), ({**coloured_set[0], "hidden": []}, True)):
         examples = []
         for cfg in cfgs:
