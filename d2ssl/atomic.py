@@ -4,6 +4,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 from d2ssl.errors import D2SSLError
@@ -45,7 +46,7 @@ def atomic_folder(target: str, fix: str = "name another") -> Iterator[str]:
     A temporary folder beside ``target`` that becomes ``target`` when the block ends well.
 
     A folder that was there before is replaced; after an exception it is as it was, and the
-    temporary one is gone.
+    temporary one is gone, with the folders above it that were made for it.
 
     Args:
         fix: what to do where it cannot be written, for the message.
@@ -56,6 +57,8 @@ def atomic_folder(target: str, fix: str = "name another") -> Iterator[str]:
     if os.path.lexists(target) and not os.path.isdir(target):
         raise D2SSLError(f"{target}: exists and is no folder; {fix}")
     parent, name = os.path.split(os.path.abspath(target))
+    above = [Path(parent), *Path(parent).parents]
+    new = [folder for folder in above if not folder.exists()]
     try:
         os.makedirs(parent, exist_ok=True)
         with tempfile.TemporaryDirectory(
@@ -75,3 +78,8 @@ def atomic_folder(target: str, fix: str = "name another") -> Iterator[str]:
     except OSError as error:
         reason = error.strerror or error
         raise D2SSLError(f"{target}: cannot be written ({reason}); {fix}") from error
+    finally:
+        if not os.path.lexists(target):
+            for folder in new:
+                with contextlib.suppress(OSError):  # never made, or others use it by now
+                    folder.rmdir()

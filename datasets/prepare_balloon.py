@@ -52,23 +52,24 @@ def prepare(root: str, source: str | None = None) -> str:
     if os.path.isdir(target) and os.listdir(target):
         _verify(_read_folder(target), target, "move it away to prepare the set anew")
         return target
-    if source is None:
-        with tempfile.TemporaryDirectory() as folder:
-            archive = os.path.join(folder, "balloon_dataset.zip")
-            _download(URL, archive)
-            files = _read_zip(archive)
-    elif os.path.isdir(source):
-        files = _read_folder(source)
-    else:
-        files = _read_zip(source)
-    _verify(files, source or URL, "get it again")
-    with atomic_folder(target) as folder:
+    with atomic_folder(target) as folder:  # first, or it would be downloaded and then not written
+        files = _read(source)
+        _verify(files, source or URL, "get it again")
         for name, content in files.items():
             path = os.path.join(folder, *name.split("/"))
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "wb") as f:
                 f.write(content)
     return target
+
+
+def _read(source: str | None) -> dict[str, bytes]:
+    if source is None:
+        with tempfile.TemporaryDirectory() as folder:
+            archive = os.path.join(folder, "balloon_dataset.zip")
+            _download(URL, archive)
+            return _read_zip(archive)
+    return _read_folder(source) if os.path.isdir(source) else _read_zip(source)
 
 
 def checksum(files: dict[str, bytes]) -> str:

@@ -29,6 +29,13 @@ def test_after_an_error_the_old_one_is_there_and_nothing_else(tmp_path, error, s
     assert (target / "x").read_text() == "old" and os.listdir(tmp_path) == ["target"]
 
 
+def test_after_an_error_no_folder_is_left_above_it(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(KeyboardInterrupt), atomic_folder(str(tmp_path / "mine" / "a" / "b" / "c")):
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["mine"] and os.listdir(tmp_path / "mine") == []
+
+
 def test_replaces(tmp_path):
     for name in ("first", "second"):
         with atomic_folder(str(tmp_path / "target")) as folder:

@@ -115,6 +115,13 @@ def test_users_own_file_is_not_overwritten(script, tmp_path, file):
     assert (tmp_path / file).read_text() == "mine"
 
 
+def test_nothing_is_downloaded_for_a_folder_that_cannot_be_written(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "URL", (tmp_path / "never_asked_for.zip").as_uri())
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(D2SSLError, match="root/balloon: cannot be written"):
+        script.prepare(str(tmp_path / "file" / "root"))
+
+
 def test_damaged_or_missing_source(script, tmp_path):
     with pytest.raises(D2SSLError, match="gone.zip: no such folder or zip"):
         script.prepare(str(tmp_path / "root"), str(tmp_path / "gone.zip"))
