@@ -121,7 +121,7 @@ def add_ssl_config(cfg: CN) -> None:
     ssl.SELF_TRAINING = CN()
     ssl.SELF_TRAINING.ENABLED = False
     ssl.SELF_TRAINING.AT = (0.5,)  # after these shares of SOLVER.MAX_ITER
-    ssl.SELF_TRAINING.SCORE = 0.6  # what is found with at least this score becomes a label,
+    ssl.SELF_TRAINING.SCORE = 0.9  # what is found with at least this score becomes a label,
     ssl.SELF_TRAINING.UNSURE = 0.1  # what has at least this one is painted over: neither is right
     # To label a photo it looks at it at these multiples of the test size, each time mirrored, too,
     # and what it finds is merged (Detectron2's test-time augmentation); none: one look, as in tests
