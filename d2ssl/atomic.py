@@ -58,7 +58,7 @@ def atomic_folder(target: str, fix: str = "name another") -> Iterator[str]:
         raise D2SSLError(f"{target}: exists and is no folder; {fix}")
     parent, name = os.path.split(os.path.abspath(target))
     above = [Path(parent), *Path(parent).parents]
-    new = [folder for folder in above if not folder.exists()]
+    new = [folder for folder in above if not os.path.exists(folder)]
     try:
         os.makedirs(parent, exist_ok=True)
         with tempfile.TemporaryDirectory(

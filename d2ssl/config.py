@@ -127,8 +127,8 @@ def add_ssl_config(cfg: CN) -> None:
     # and what it finds is merged (Detectron2's test-time augmentation); none: one look, as in tests
     ssl.SELF_TRAINING.SCALES = ()  # e.g. (0.8, 1.0, 1.25)
     ssl.SELF_TRAINING.LABELED = 0.5  # share of photos with labels of their own, from then on
-    # Share of these photos that look different, see FINETUNE.STRONG; without it, to learn them is
-    # to repeat what the detector said
+    # Share of the photos it labelled that are learnt in another look, see FINETUNE.STRONG; as they
+    # were labelled, they say to the detector what it said itself.
     ssl.SELF_TRAINING.STRONG = 1.0
 
     # What fine-tuning can do beyond stock Detectron2; at its defaults it is stock.
@@ -148,7 +148,7 @@ def add_ssl_config(cfg: CN) -> None:
     ssl.FINETUNE.WEIGHTS_CLASSES = ""  # "coco" or names, where the weights do not say themselves
     ssl.FINETUNE.SCALE_JITTER = ()  # e.g. (0.1, 2.0): photos at a factor of their scale, cropped
     ssl.FINETUNE.COPY_PASTE = 0.0  # share of photos that objects of another one are pasted into
-    # Share of photos in the colours of SSL.INPUT, half of them blurred, with squares cut out of
+    # Share of photos in other colours, half of them blurred, with a square cut out of half of the
     # objects.
     ssl.FINETUNE.STRONG = 0.0
     ssl.FINETUNE.EMA_DECAY = 0.0  # e.g. 0.998: evaluate and save the averaged weights
@@ -379,8 +379,8 @@ def _check(cfg: CN) -> None:
         require(0 <= strong <= 1, f"SSL.{node}.STRONG {strong}: give a share of photos, 0 to 1")
     require(
         share == 0 or cfg.MODEL.MASK_ON and not cfg.MODEL.KEYPOINT_ON,
-        "SSL.FINETUNE.COPY_PASTE cuts objects out by their masks: set MODEL.MASK_ON True and "
-        "KEYPOINT_ON False",
+        "SSL.FINETUNE.COPY_PASTE cuts objects out by their masks: set it to 0.0, or MODEL.MASK_ON "
+        "True and KEYPOINT_ON False",
     )
     sampler, threshold = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD
     require(

@@ -19,7 +19,7 @@ from d2ssl.data.regions import regions_in_view
 from d2ssl.data.views import View, cut_out, draw_holes, draw_views, paired_boxes, window_of
 from d2ssl.errors import D2SSLError
 
-CUT_OUT = 0.5  # share of objects that a square is cut out of, on photos that are to look different
+CUT_OUT = 0.5  # share of objects that a square is cut out of, on a photo in another look
 
 
 def to_tensor(photo: np.ndarray, image_format: str) -> torch.Tensor:
@@ -203,26 +203,14 @@ def paint_over(photo: np.ndarray, masks: Sequence[dict], fill: Sequence[float]) 
     return painted
 
 
-def strong_colours(cfg) -> List[T.Augmentation]:
-    """Those of ``SSL.INPUT``, and blur in half of the photos; for RGB. K. Sohn et al., STAC, 2020,
-    and Y.-C. Liu et al., "Unbiased Teacher", ICLR 2021, train so on what the teacher labelled."""
-    options = cfg.SSL.INPUT
-    view = View(
-        options.VIEW_SIZE,
-        jitter=tuple(options.COLOR_JITTER),
-        jitter_p=options.COLOR_JITTER_PROB,
-        gray=options.GRAY_PROB,
-        blur_p=0.5,
-        solarize_p=0.0,
-    )
-    return view.photometric()
+def draw_other_look() -> T.Transform:
+    """Other colours, and blur in half of all cases, for RGB photos; nothing moves.
 
-
-def recoloured(photo: np.ndarray, augmentations: Sequence[T.Augmentation]) -> np.ndarray:
-    """A photo, H x W x 3 uint8, after augmentations that move nothing."""
-    drawn = T.AugInput(photo)
-    drawn.apply_augmentations(augmentations)
-    return drawn.image
+    Those of SoCo's views without solarisation. So are learnt what a teacher labelled by K. Sohn et
+    al. (STAC, 2020) and Y.-C. Liu et al. ("Unbiased Teacher", ICLR 2021).
+    """
+    look = View(size=32, blur_p=0.5, solarize_p=0.0).photometric()
+    return T.AugInput(np.zeros((1, 1, 3), np.uint8)).apply_augmentations(look)
 
 
 def shrunk(dataset_dict: dict, short_side: float) -> dict:
@@ -274,7 +262,6 @@ class DetectionMapper(DatasetMapper):
         self.others = others if is_train and self.paste_prob > 0 else ()
         shares = (options.STRONG, cfg.SSL.SELF_TRAINING.STRONG) if is_train else (0.0, 0.0)
         self.strong = dict(zip((False, True), shares))  # by whether the detector labelled it
-        self.colours = strong_colours(cfg)
         self.stock_augmentations = stock["augmentations"]
         if not is_train:
             size, most = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
@@ -297,19 +284,18 @@ class DetectionMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict) -> dict:
         share = self.strong["hidden" in dataset_dict]
-        strong = (
-            share > 0 and np.random.rand() < share
-        )  # nothing is drawn where stock draws nothing
-        colours = self.colours if strong else ()
-        image, example = self._augmented(dataset_dict, self.augmentations, colours)
-        if strong:
-            image = cut_out(image, example["instances"].gt_boxes.tensor.numpy(), self.fill, CUT_OUT)
+        strong = share > 0 and np.random.rand() < share  # at 0 nothing is drawn, as in stock
+        look = draw_other_look() if strong else T.NoOpTransform()
+        image, example = self._augmented(dataset_dict, self.augmentations, look)
         if self.others and np.random.rand() < self.paste_prob:
-            image, example["instances"] = self._pasted(image, example["instances"])
+            image, example["instances"] = self._pasted(image, example["instances"], look)
+        if strong:
+            boxes = example["instances"].gt_boxes.tensor.numpy()
+            image = cut_out(image, boxes, self.fill, CUT_OUT)
         example["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return example
 
-    def _augmented(self, dataset_dict: dict, augmentations: T.Augmentation, colours=()):
+    def _augmented(self, dataset_dict: dict, augmentations: T.Augmentation, look: T.Transform):
         """The augmented photo (H x W x 3 uint8 in the config's order), and its dict with what
         became of the annotations."""
         dataset_dict = copy.deepcopy(dataset_dict)
@@ -321,8 +307,7 @@ class DetectionMapper(DatasetMapper):
                 f"{dataset_dict['file_name']}: the annotation says {width} x {height}, the photo "
                 "has other proportions; correct the annotation, or the photo's EXIF orientation"
             )
-        if colours:
-            photo = recoloured(photo, colours)
+        photo = look.apply_image(photo)
         if self.image_format == "BGR":
             photo = cv2.cvtColor(photo, cv2.COLOR_RGB2BGR)
         hidden = dataset_dict.pop("hidden", None)
@@ -348,12 +333,14 @@ class DetectionMapper(DatasetMapper):
         super()._transform_annotations(dataset_dict, transforms, image_shape)
         self.instance_mask_format = usual
 
-    def _pasted(self, image: np.ndarray, instances: Instances) -> Tuple[np.ndarray, Instances]:
-        """With some objects of another photo, which has a scale, crop and flip of its own; as it
-        was where none of them is in view."""
+    def _pasted(
+        self, image: np.ndarray, instances: Instances, look: T.Transform
+    ) -> Tuple[np.ndarray, Instances]:
+        """With some objects of another photo, which has a scale, crop and flip of its own and the
+        same look; as it was where none of them is in view."""
         other = self.others[np.random.randint(len(self.others))]
         augmentations = T.AugmentationList(self._jittered(image.shape[:2]))
-        source, example = self._augmented(other, augmentations)
+        source, example = self._augmented(other, augmentations, look)
         objects = example["instances"]
         if not len(objects):
             return image, instances

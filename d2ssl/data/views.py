@@ -291,7 +291,7 @@ def cut_out(
         boxes: Nx4 XYXY in pixels of the image.
         fill: value of the 3 planes; the pixel mean becomes 0 after normalisation.
     """
-    image = image.copy()
+    image, fill = image.copy(), np.rint(fill)
     for x1, y1, x2, y2 in boxes:
         if rng.uniform() < p:
             half = np.sqrt(rng.uniform(0.1, 0.3) * (x2 - x1) * (y2 - y1)) / 2

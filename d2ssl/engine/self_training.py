@@ -195,7 +195,7 @@ def _covered(
 
 def _encode(mask: np.ndarray, size: Sequence[int]) -> dict:
     columns = np.ascontiguousarray(mask.T, np.uint8)  # enlarged so, it need not be turned for RLE
-    rle = encode(cv2.resize(columns, tuple(size), interpolation=cv2.INTER_NEAREST).T)
+    rle = encode(cv2.resize(columns, tuple(size), interpolation=cv2.INTER_NEAREST_EXACT).T)
     return {**rle, "counts": rle["counts"].decode()}  # as JSON has it
 
 

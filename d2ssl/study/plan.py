@@ -251,7 +251,9 @@ def _run(study, arm: Arm, budget, subset, seed, iterations, needs) -> Run:
     if cfg.SSL.SELF_TRAINING.ENABLED:
         photos += study.unlabelled[arm.name]
     before = {"pretraining": needs.key if needs else "", "photos": photos}
-    key = _key({**_of_finetuning(changed(cfg)), **before})
+    # All of self-training's: its defaults are young, and one that changes must change the key.
+    own = {k: v for k, v in leaves(cfg).items() if k.startswith("SSL.SELF_TRAINING.")}
+    key = _key({**_of_finetuning({**changed(cfg), **own}), **before})
     if needs:
         cfg.MODEL.WEIGHTS = needs.weights
     place = (arm.name, f"{budget}", f"subset{subset}-seed{seed}")

@@ -21,6 +21,7 @@ from d2ssl.data.build import (
     unlabeled_photos,
 )
 from d2ssl.data.datasets import register_balloon, register_coco, register_image_folder
+from d2ssl.data.mapper import shrunk
 from d2ssl.engine.launch import launch
 from d2ssl.engine.self_training import (
     MirroredAtScales,
@@ -85,6 +86,20 @@ def test_what_has_just_the_score_is_an_object():
 
 def test_no_predictions():
     assert annotations(predicted([], []), score=0.5) == []
+
+
+@pytest.mark.parametrize("large", [(128, 96), (240, 180), (75, 100)])
+def test_a_mask_that_is_enlarged_for_the_file_comes_back(large):
+    """As training shrinks it again; to the pixel."""
+    mask = np.zeros((60, 80) if large[0] < large[1] else (80, 60), np.uint8)
+    cv2.ellipse(mask, (30, 28), (17, 21), 30, 0, 360, 1, -1)
+    found = predicted([0.9], [[0.0, 0, 1, 1]], size=mask.shape)
+    found.pred_masks[0] = torch.from_numpy(mask) > 0
+    photo = {"height": large[0], "width": large[1]}
+    (row,) = annotations(found, 0.6, large)
+    (back,) = shrunk({**photo, "annotations": [{**row, "bbox_mode": 1}]}, 60)["annotations"]
+    assert coco_mask.decode(row["segmentation"]).shape == large
+    assert (coco_mask.decode(back["segmentation"]) == mask).all()
 
 
 @pytest.fixture

@@ -176,7 +176,7 @@ def test_keys_of_self_training(write_yaml, tmp_path):
         return {run.arm: run.key for run in runs_of(plan(study, {}))}
 
     before = keys()
-    for change in ({"SSL.SELF_TRAINING.SCORE": 0.9}, {"SSL.DATASETS": ["balloon_demo_train"]}):
+    for change in ({"SSL.SELF_TRAINING.SCORE": 0.8}, {"SSL.DATASETS": ["balloon_demo_train"]}):
         after = keys(**change)
         assert after["self"] != before["self"] and after["scratch"] == before["scratch"]
     assert keys(**{"SSL.TEMPERATURE": 0.3}) == before  # of pretraining, which it has none of
