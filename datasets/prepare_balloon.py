@@ -69,7 +69,10 @@ def _read(source: str | None) -> dict[str, bytes]:
             archive = os.path.join(folder, "balloon_dataset.zip")
             _download(URL, archive)
             return _read_zip(archive)
-    return _read_folder(source) if os.path.isdir(source) else _read_zip(source)
+    try:
+        return _read_folder(source) if os.path.isdir(source) else _read_zip(source)
+    except OSError as error:
+        raise D2SSLError(f"{source}: cannot be read ({error.strerror or error})") from error
 
 
 def checksum(files: dict[str, bytes]) -> str:

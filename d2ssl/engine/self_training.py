@@ -1,9 +1,9 @@
 """Self-training: the detector labels the photos that nobody labelled, and goes on with all of them.
 
 What it is sure of becomes a label, and what it is unsure of is painted over: as a label it might be
-wrong, and without one it would be background. K. Sohn et al., "A Simple Semi-Supervised Learning
-Framework for Object Detection" (STAC), 2020, with labels made during one training instead of by
-another one before it.
+wrong, and without one it would be background. What it labelled is learnt in another look. K. Sohn
+et al., "A Simple Semi-Supervised Learning Framework for Object Detection" (STAC), 2020, with labels
+made during one training instead of by another one before it.
 """
 
 import glob

@@ -158,9 +158,12 @@ def notes(study: Study) -> List[str]:
     found = []
     for arm in study.arms.values():
         solver = arm.cfg.SOLVER
-        if arm.pretrains and not study.control(arm):
+        alone = [b for b in arm.budgets if arm.pretrains and not study.control(arm, b)]
+        if alone:
+            labels = ", ".join(map(str, alone))
             found.append(
-                f"no arm is COMPUTE_MATCHED to {arm.name}, so whether it pays cannot be told"
+                f"no arm is COMPUTE_MATCHED to {arm.name} with {labels} labels, so whether it pays "
+                "cannot be told"
             )
         if max([solver.WARMUP_ITERS, *solver.STEPS]) >= solver.MAX_ITER:
             found.append(

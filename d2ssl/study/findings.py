@@ -191,7 +191,7 @@ def _difference(
         return found
     if max(results.ap(a, budget, "segm").mean for a in (arm, other)) < NOTHING:
         return {**found, "verdict": UNKNOWN, "blank": True}
-    name = study.control(study.arms[arm])
+    name = study.control(study.arms[arm], budget)
     control = results.difference(arm, name, budget, "segm") if name else None
     return {
         **found,

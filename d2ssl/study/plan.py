@@ -24,13 +24,13 @@ INCIDENTAL = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "VERSION",
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to come to a detector: a config, perhaps the arm whose time it is to spend, and the
-    budgets that it is for, where these are not all of the study's."""
+    """A way to come to a detector: a config, the budgets that it is for, and perhaps the arm whose
+    time it is to spend."""
 
     name: str
     cfg: CfgNode
+    budgets: Tuple[int, ...]
     matched: str = ""
-    budgets: Tuple[int, ...] = ()
 
     @property
     def pretrains(self) -> bool:
@@ -102,10 +102,12 @@ class Study:
         """Its twin; where it has none, the baseline."""
         return self.twin(arm) or self.baseline
 
-    def control(self, arm: Arm) -> str:
-        """The arm that fine-tunes as long as this one takes in all; "" where there is none. Without
-        pretraining that is its twin, but for the time of labelling."""
-        matched = [a.name for a in self.arms.values() if a.matched == arm.name]
+    def control(self, arm: Arm, budget: int) -> str:
+        """The arm that fine-tunes as long as this one takes in all; "" where there is none for this
+        budget. Without pretraining that is its twin, but for the time of labelling."""
+        matched = [
+            a.name for a in self.arms.values() if a.matched == arm.name and budget in a.budgets
+        ]
         return matched[0] if matched else "" if arm.pretrains else self.twin(arm)
 
     def labels(self, budget: int, subset: Union[int, str]) -> str:
@@ -212,7 +214,7 @@ def plan(study: Study, matched_iterations: Mapping[str, int]) -> List[Task]:
             seed = number + SEED_STEP * k  # more subsets or seeds later change none of these
             for budget in study.budgets:
                 for arm in study.arms.values():
-                    if arm.budgets and budget not in arm.budgets:
+                    if budget not in arm.budgets:
                         continue
                     needs = None
                     if arm.pretrains:

@@ -88,10 +88,12 @@ def timings(study: Study, call, threads: int) -> Dict[str, Dict[str, float]]:
         with open(path) as file:
             known = json.load(file)
 
+    device = study.arms[study.baseline].cfg.MODEL.DEVICE
+    if call is None and known:  # shown on another machine than it ran on: that was timed last
+        device = list(known)[-1].split()[0]
+
     def find(arm: Arm, pretraining: bool) -> Dict[str, float]:
-        kind = f"{arm.cfg.MODEL.DEVICE} {arm.kind(pretraining)}"
-        if kind not in known and call is None:  # it ran on another machine, say with a GPU
-            kind = next((k for k in known if k.endswith(arm.kind(pretraining))), kind)
+        kind = f"{device} {arm.kind(pretraining)}"
         if kind not in known:
             if call is None:
                 raise D2SSLError(

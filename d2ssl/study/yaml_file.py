@@ -10,8 +10,8 @@
     BASELINE: imagenet
     ARMS:
       imagenet: {SSL.ENABLED: False}
-      soco: {SSL.METHOD: SoCo, BUDGETS: [8, 16]}     these budgets alone
-      longer: {FROM: imagenet, COMPUTE_MATCHED: soco}
+      soco: {SSL.METHOD: SoCo, BUDGETS: [8, 16]}                         of these budgets alone
+      longer: {FROM: imagenet, COMPUTE_MATCHED: soco, BUDGETS: [8, 16]}
 
 ``_BASE_`` works as in Detectron2's configs.
 """
@@ -84,7 +84,7 @@ def read_study(
             than the set, or whatever a config can have wrong.
     """
     asked = _read(file)
-    common = {}
+    common, written = {}, asked["BUDGETS"]
     if len(opts) % 2:
         raise D2SSLError(
             f'{" ".join(opts)}: overrides are pairs, KEY VALUE; quote a list, BUDGETS "[8, 16]"'
@@ -98,6 +98,11 @@ def read_study(
             raise D2SSLError(_unknown(key, DEFAULTS, "overrides"))
     _check_types(file, asked)
     for name, overlay in asked["ARMS"].items():
+        own = (overlay or {}).get("BUDGETS", [])
+        if not {*own} <= {*written, *asked["BUDGETS"]}:
+            raise D2SSLError(
+                f"{file}: arm {name}: BUDGETS {own}: choose from those of the study, {written}"
+            )
         for key in common.keys() & (overlay or {}).keys():
             raise D2SSLError(
                 f"{key}: arm {name} sets it, and an override is for all arms: change it in {file}"
@@ -112,7 +117,7 @@ def read_study(
     for name in asked["ARMS"]:
         overlay = _inherited(file, asked["ARMS"], name)
         matched = overlay.pop("COMPUTE_MATCHED", "")
-        budgets = tuple(sorted(set(overlay.pop("BUDGETS", ()))))
+        budgets = overlay.pop("BUDGETS", asked["BUDGETS"])
         keys = {**common, **overlay}
         try:
             cfg = _arm_cfg(base, keys, register)
@@ -127,7 +132,7 @@ def read_study(
             cfg.defrost()
             cfg.MODEL.DEVICE = keys.get("MODEL.DEVICE", "cuda")
             cfg.freeze()
-        arms[name] = Arm(name, cfg, matched, budgets)
+        arms[name] = Arm(name, cfg, tuple(b for b in budgets if b in asked["BUDGETS"]), matched)
     tests = [arm.cfg.DATASETS.TEST for arm in arms.values()]
     study = Study(
         arms=arms,
@@ -316,11 +321,6 @@ def _check(file: str, study: Study) -> None:
         require(
             not weights or "://" in weights or os.path.isfile(weights),
             f"arm {arm.name}: MODEL.WEIGHTS {weights}: no such file",
-        )
-        require(
-            set(arm.budgets) <= set(study.budgets),
-            f"arm {arm.name}: BUDGETS {list(arm.budgets)}: choose from those of the study, "
-            f"{study.budgets}",
         )
         check_classes(arm.cfg, [study.train, study.test])  # before hours of training
         require(

@@ -46,10 +46,21 @@ def test_every_arm_gets_the_same_labels_and_seed(study):
 
 
 def test_an_arm_with_budgets_of_its_own_has_these_alone(write_yaml):
-    arms = {"scratch": {"SSL.ENABLED": False}, "soco": {"BUDGETS": [6, 3]}, "x": {"FROM": "soco"}}
-    tasks = plan(read_study(write_yaml(ARMS=arms)), {})
-    budgets = {arm: {r.budget for r in runs_of(tasks) if r.arm == arm} for arm in arms}
-    assert budgets == {"scratch": {3, 6, 8}, "soco": {3, 6}, "x": {3, 6}}
+    arms = {
+        "scratch": {"SSL.ENABLED": False},
+        "soco": {"BUDGETS": [6, 3]},
+        "x": {"FROM": "soco"},
+        "longer": {"FROM": "scratch", "COMPUTE_MATCHED": "soco", "BUDGETS": [3]},
+    }
+    for opts in ([], ["BUDGETS", "[3, 8]"]):  # what is left out on the way is left out of both
+        study = read_study(write_yaml(ARMS=arms), opts)
+        tasks = plan(study, MATCHED)
+        budgets = {arm: {r.budget for r in runs_of(tasks) if r.arm == arm} for arm in arms}
+        left = {*study.budgets}
+        own = {"scratch": {3, 6, 8}, "soco": {3, 6}, "x": {3, 6}, "longer": {3}}
+        assert budgets == {arm: own[arm] & left for arm in arms}
+        assert study.control(study.arms["soco"], 3) == "longer"
+        assert study.control(study.arms["soco"], 6) == ""
 
 
 def test_labels_are_nested_differ_by_subset_and_never_are_dev_photos(study):
@@ -136,8 +147,8 @@ def test_self_training_is_judged_against_the_same_without(write_yaml, tmp_path):
     self_ = study.arms["self"]
     assert self_.uses_unlabeled and not self_.pretrains
     # The same number of iterations: it is its own compute-matched control.
-    assert study.without(self_) == study.control(self_) == "paste"
-    assert study.control(study.arms["soco"]) == ""
+    assert study.without(self_) == study.control(self_, 3) == "paste"
+    assert study.control(study.arms["soco"], 3) == ""
     assert recipe_differences(study) == {
         "paste": {"SSL.FINETUNE.COPY_PASTE": (0.5, 0.0)},
     }
@@ -155,7 +166,7 @@ def test_a_longer_arm_is_no_control(write_yaml, tmp_path):
     }
     study = read_study(write_yaml(ARMS=arms), output=str(tmp_path / "out"))
     assert study.without(study.arms["self"]) == "scratch"
-    assert study.control(study.arms["self"]) == ""
+    assert study.control(study.arms["self"], 3) == ""
 
 
 def test_where_all_photos_are_labelled_self_training_has_no_run(write_yaml, tmp_path):
