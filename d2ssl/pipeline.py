@@ -19,10 +19,11 @@ from d2ssl.config import finetune_cfg, pretrain_cfg, pretrained_path
 from d2ssl.data.build import check_classes, detection_sets, register_datasets
 from d2ssl.engine.auto import resolve_auto
 from d2ssl.engine.checkpoint import load_weights, refuse_other_conventions
+from d2ssl.engine.finetuning import FinetuneTrainer
 from d2ssl.engine.handoff import hand_off, read_record
 from d2ssl.engine.precision import apply_precision
+from d2ssl.engine.pretraining import PretrainTrainer
 from d2ssl.engine.self_training import label_files
-from d2ssl.engine.trainer import FinetuneTrainer, PretrainTrainer
 from d2ssl.errors import D2SSLError
 from d2ssl.report.html import write_report
 from d2ssl.report.sheets import PutPictures

@@ -212,7 +212,7 @@ def test_a_checkpoint_that_is_damaged_says_so(tiny_cfg, tmp_path):
 def test_pretraining_is_gone_before_the_hand_off(tiny_cfg, monkeypatch):
     """With its model, optimizer and workers."""
     from d2ssl import pipeline
-    from d2ssl.engine.trainer import PretrainTrainer
+    from d2ssl.engine.pretraining import PretrainTrainer
     from d2ssl.modeling.pretext_model import PretextModel
 
     left = []

@@ -27,7 +27,7 @@ from d2ssl.data.build import register_datasets
 from d2ssl.engine.auto import resolve_auto
 from d2ssl.engine.environment import device_name, versions
 from d2ssl.engine.inputs import file_hash, pretraining_inputs
-from d2ssl.engine.trainer import PretrainTrainer
+from d2ssl.engine.pretraining import PretrainTrainer
 from d2ssl.errors import D2SSLError
 from d2ssl.evaluation import retrieval
 from d2ssl.evaluation.retrieval import BoxRetrieval

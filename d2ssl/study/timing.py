@@ -17,7 +17,8 @@ from d2ssl import pipeline
 from d2ssl.atomic import atomic_open, make_folder
 from d2ssl.config import finetune_cfg, pretrain_cfg
 from d2ssl.data.build import build_validation_batches, count_photos
-from d2ssl.engine.trainer import FinetuneTrainer, PretrainTrainer
+from d2ssl.engine.finetuning import FinetuneTrainer
+from d2ssl.engine.pretraining import PretrainTrainer
 from d2ssl.errors import D2SSLError
 from d2ssl.study.jobs import with_device
 from d2ssl.study.plan import Arm, Pretraining, Run, Study, Task

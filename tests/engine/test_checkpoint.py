@@ -13,7 +13,7 @@ from torch import nn
 from d2ssl.config import finetune_cfg, pretrain_cfg
 from d2ssl.data.datasets import register_dataset
 from d2ssl.engine.checkpoint import Checkpointer, fitting, load_weights
-from d2ssl.engine.trainer import FinetuneTrainer
+from d2ssl.engine.finetuning import FinetuneTrainer
 from d2ssl.errors import D2SSLError
 
 

@@ -22,6 +22,7 @@ from d2ssl.data.build import (
 )
 from d2ssl.data.datasets import register_balloon, register_coco, register_image_folder
 from d2ssl.data.mapper import shrunk
+from d2ssl.engine.finetuning import FinetuneTrainer
 from d2ssl.engine.launch import launch
 from d2ssl.engine.self_training import (
     MirroredAtScales,
@@ -31,7 +32,6 @@ from d2ssl.engine.self_training import (
     read_labels,
     write_labels,
 )
-from d2ssl.engine.trainer import FinetuneTrainer
 from d2ssl.errors import D2SSLError
 from d2ssl.pipeline import run
 from tests.engine.test_trainer import assert_identical, final_state, run_and_stop_at

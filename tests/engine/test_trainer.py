@@ -11,8 +11,9 @@ from torch import nn
 
 from d2ssl.config import finetune_cfg, pretrain_cfg
 from d2ssl.data.build import build_validation_batches
+from d2ssl.engine.finetuning import FinetuneTrainer
 from d2ssl.engine.launch import launch
-from d2ssl.engine.trainer import FinetuneTrainer, PretrainTrainer
+from d2ssl.engine.pretraining import PretrainTrainer
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.fingerprint import relative_difference
 from d2ssl.report.plots import read_metrics, series
@@ -114,7 +115,7 @@ def test_with_a_dev_set_the_test_set_is_evaluated_once(tiny_cfg, evaluated, monk
         losses_on.append(list(names))
         return build_validation_batches(cfg, names, limit=1)
 
-    monkeypatch.setattr("d2ssl.engine.trainer.build_validation_batches", batches)
+    monkeypatch.setattr("d2ssl.engine.finetuning.build_validation_batches", batches)
     cfg, metrics = dev_cfg(tiny_cfg, "TEST.EVAL_PERIOD", "1")
     run_and_stop_at(FinetuneTrainer(cfg), 2)
     assert evaluated == [DEV] * 2

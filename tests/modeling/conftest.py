@@ -6,7 +6,7 @@ import torch
 
 from d2ssl.config import pretrain_cfg
 from d2ssl.data.build import build_pretrain_loader
-from d2ssl.engine.trainer import PretrainTrainer
+from d2ssl.engine.pretraining import PretrainTrainer
 from d2ssl.modeling.pretext_model import PretextModel
 from d2ssl.modeling.trunk import pretrain_part_of
 

@@ -10,7 +10,7 @@ from d2ssl.config import pretrain_cfg
 from d2ssl.data.datasets import register_balloon
 from d2ssl.engine.handoff import hand_off
 from d2ssl.engine.launch import launch
-from d2ssl.engine.trainer import PretrainTrainer
+from d2ssl.engine.pretraining import PretrainTrainer
 from d2ssl.modeling.methods import PRETEXT_REGISTRY
 from tests.engine.test_trainer import assert_identical, final_state, run_and_stop_at
 
