@@ -4,7 +4,7 @@
     tools/visualize_data.py --source annotations --dataset balloon_train --output labels.html
     tools/visualize_data.py --source views --config-file configs/methods/soco.yaml --output views/
     tools/visualize_data.py --source training --config-file configs/ssl_fpn_balloon.yaml \\
-        --output training.html SSL.FINETUNE.COPY_PASTE 0.5
+        --output training.html SSL.FINETUNE.STRONG 1.0
     tools/visualize_data.py --source predictions --dataset balloon_val --output found.html \\
         --predictions output/ssl_fpn_balloon/finetune/inference/coco_instances_results.json \\
         --sort confidence
