@@ -101,7 +101,10 @@ def test_classes_of_weights_are_a_name_or_names(value, tmp_path):
         (["SSL.FINETUNE.SCALE_JITTER", "(0.5,)"], "SCALE_JITTER .0.5,.: give the range"),
         (["SSL.FINETUNE.SCALE_JITTER", "('a','b')"], "SCALE_JITTER .'a', 'b'.: give the range"),
         (["SSL.FINETUNE.COPY_PASTE", "1.5"], "COPY_PASTE 1.5: give a share of photos, 0 to 1"),
-        (["SSL.FINETUNE.COPY_PASTE", "0.5"], "by their masks: set MODEL.MASK_ON True"),
+        (
+            ["SSL.FINETUNE.COPY_PASTE", "0.5"],
+            "by their masks: set it to 0.0, or MODEL.MASK_ON True",
+        ),
         (["DATASETS.TEST", "('a',)", "SSL.FINETUNE.DEV_DATASET", "a"], "also in DATASETS.TEST"),
     ],
 )
