@@ -67,8 +67,9 @@ def test_two_processes_equal_one(tiny_cfg, tmp_path, demo_root, monkeypatch):
         one, two = (final_state(folders[count][name])["model"] for count in (1, 2))
         assert one.keys() == two.keys()
         for key in one:
+            # Rounding alone: norms over few cells enlarge it.
             torch.testing.assert_close(
-                one[key], two[key], rtol=2e-3, atol=2e-4, msg=lambda m: f"{name} {key}: {m}"
+                one[key], two[key], rtol=2e-3, atol=1e-3, msg=lambda m: f"{name} {key}: {m}"
             )
         losses = [first_loss(folders[count][name]) for count in (1, 2)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-4), name
