@@ -146,7 +146,6 @@ def _plain(estimate: Estimate, least: float = -100.0) -> dict:
         "mean": estimate.mean,
         "interval": ends and [max(ends[0], least), min(ends[1], 100.0)],
         "run_sd": estimate.run_sd,
-        "photo_sd": estimate.photo_sd,
         "photo_se": estimate.photo_se,
         "units": estimate.units,
     }
@@ -170,7 +169,7 @@ def _difference(
     """An arm against another; None without a repeat that both have finished.
 
     Returns:
-        arm, against, budget; ``segm``, ``bbox``: mean, interval, run_sd, photo_sd, photo_se, units;
+        arm, against, budget; ``segm``, ``bbox``: mean, interval, run_sd, photo_se, units;
         ``failed``: how many of the arm's repeats did; and, where the other is the same without
         unlabelled photos, else None: ``control``: segm as above against the arm that spent the same
         time on fine-tuning, its name (no mean while it is not finished) and what ``labelling``

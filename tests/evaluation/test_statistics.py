@@ -31,9 +31,9 @@ def itself(runs):
     return {run: run for run in runs}
 
 
-def estimate(draws, units=3, run_sd=1.0, photo_sd=0.0, photo_se=0.0):
+def estimate(draws, units=3, run_sd=1.0, photo_se=0.0):
     draws = np.asarray(draws, float)
-    return Estimate(float(draws.mean()), draws, units, run_sd, photo_sd, photo_se)
+    return Estimate(float(draws.mean()), draws, units, run_sd, photo_se)
 
 
 def test_runs_alone_give_students_interval():
@@ -63,7 +63,6 @@ def test_photos_alone_give_the_standard_error_of_their_mean():
     runs = {0: values.mean(), 1: values.mean()}
     found = boot.mean(runs, {run: redrawn for run in runs}, itself(runs))
     assert found.photo_se == pytest.approx(values.std(ddof=1) / math.sqrt(8), rel=0.02)
-    assert found.photo_sd == pytest.approx(0, abs=1e-6)
     half = t.ppf(0.975, 7) * found.photo_se
     assert found.interval == pytest.approx((4 - half, 4 + half), abs=0.08 * half)
 
@@ -84,10 +83,14 @@ def test_the_same_runs_are_drawn_in_every_arm():
     assert a.draws.std() > 1
 
 
-@pytest.mark.parametrize("units, seeds, photos", [(3, 1, 13), (3, 2, 13), (10, 1, 13), (4, 1, 60)])
-def test_coverage(units, seeds, photos):
+@pytest.mark.parametrize(
+    "units, seeds, photos, own",
+    [(3, 1, 13, 1), (3, 2, 13, 1), (10, 1, 13, 1), (4, 1, 60, 1), (3, 1, 13, 6), (10, 1, 13, 6)],
+)
+def test_coverage(units, seeds, photos, own):
     """600 made-up studies whose true mean is 0: the interval holds it about 95 times in 100, where
-    a percentile bootstrap over three runs does so some 83 times."""
+    a percentile bootstrap over three runs does so some 83 times, and one that counts twice what
+    each run has of its ``own`` on each photo, 99 times."""
     random = np.random.default_rng(0)
     runs = [(s, k) for s in range(units) for k in range(seeds)]
     held = 0
@@ -96,7 +99,7 @@ def test_coverage(units, seeds, photos):
         by_photo = random.normal(size=photos) * 2
         by_unit = random.normal(size=units) * 1.5
         table = {
-            (s, k): by_photo + by_unit[s] + random.normal() + random.normal(size=photos)
+            (s, k): by_photo + by_unit[s] + random.normal() + random.normal(size=photos) * own
             for s, k in runs
         }
         redrawn = {run: boot.photos @ values / photos for run, values in table.items()}
@@ -107,7 +110,7 @@ def test_coverage(units, seeds, photos):
         )
         low, high = found.interval
         held += low <= 0 <= high
-    assert 0.92 <= held / 600 <= 0.99
+    assert 0.93 <= held / 600 <= 0.98
 
 
 def test_labels_worth_reads_the_curve_backwards():
@@ -153,12 +156,11 @@ def test_what_photos_leave_open_for_each_run_anew_more_runs_do_resolve():
         runs = dict(enumerate(tables.mean(1)))
         redrawn = {run: boot.photos @ row / 13 for run, row in enumerate(tables)}
         found = boot.mean(runs, redrawn, itself(runs))
-        shares.append(found.photo_se**2 / (found.photo_se**2 + found.photo_sd**2))
+        shares.append(found.photo_se**2 / found.run_sd**2)
         needed.append(seeds_needed(found, 6.0))
     assert np.median(shares) < 0.1
-    # Runs scatter by 15 / sqrt(13) = 4.2 on these photos and as much again over photos, 5.9 in all:
-    # the paired t test takes 10 for an effect of 6.
-    assert None not in needed and 8 <= np.median(needed) <= 12
+    # Runs scatter by 15 / sqrt(13) = 4.2: the paired t test takes 6 for an effect of 6.
+    assert None not in needed and 5 <= np.median(needed) <= 7
 
 
 def test_a_coverage_on_ap_itself():
