@@ -1,7 +1,7 @@
 """By what a result was made: kept with it, for those who repeat it."""
 
 import platform
-from typing import Dict
+from typing import Dict, List, Sequence
 
 import detectron2
 import torch
@@ -30,3 +30,20 @@ def device_name(cfg) -> str:
     if device.startswith("cuda") and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return device
+
+
+def made_by(results: Sequence[dict]) -> Dict[str, List]:
+    """``versions`` and ``devices`` that results were made with, each once; a result may lack its
+    ``versions`` or ``device``."""
+    return {
+        "versions": _distinct([r["versions"] for r in results if r.get("versions")]),
+        "devices": _distinct([r["device"] for r in results if r.get("device")]),
+    }
+
+
+def _distinct(values: List) -> List:
+    return [value for i, value in enumerate(values) if value not in values[:i]]
+
+
+def made_by_in_words(made: Dict[str, List]) -> str:
+    return "; ".join([*map(in_words, made["versions"]), *made["devices"]])

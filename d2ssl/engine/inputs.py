@@ -8,16 +8,23 @@ import hashlib
 import os
 from typing import Dict, Iterable, List
 
+from detectron2.data import MetadataCatalog
+
 from d2ssl.data.build import load_dicts, load_photos
 from d2ssl.data.datasets.catalog import content_hash
 
 
 def contents(names: Iterable[str], labels: bool = True) -> Dict[str, str]:
     """Of each data set a short hash of its photos' names and sizes, in pixels and in bytes, and,
-    where ``labels`` count, of these; not of the folder in which it lies, which may be another on
-    another machine."""
+    where ``labels`` count, of these, with the names of their classes; not of the folder in which
+    it lies, which may be another on another machine."""
     load = load_dicts if labels else load_photos
-    return {name: content_hash([_anywhere(row) for row in load([name])]) for name in names}
+    found = {name: content_hash([_anywhere(row) for row in load([name])]) for name in names}
+    if labels:  # names say which of a detector's predictors are kept
+        for name in found:  # after loading, as COCO's loader knows them only then
+            classes = MetadataCatalog.get(name).get("thing_classes", [])
+            found[name] = " ".join([found[name], *classes])
+    return found
 
 
 def _anywhere(row: dict) -> dict:

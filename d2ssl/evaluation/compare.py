@@ -25,8 +25,8 @@ from d2ssl.atomic import atomic_open
 from d2ssl.config import leaves, load_cfg, pretrain_cfg
 from d2ssl.data.build import register_datasets
 from d2ssl.engine.auto import resolve_auto
-from d2ssl.engine.environment import device_name, versions
-from d2ssl.engine.inputs import file_hash, pretraining_inputs
+from d2ssl.engine.environment import device_name, made_by, versions
+from d2ssl.engine.inputs import contents, file_hash, pretraining_inputs
 from d2ssl.engine.pretraining import PretrainTrainer
 from d2ssl.errors import D2SSLError
 from d2ssl.evaluation import retrieval
@@ -110,14 +110,18 @@ def plan(
     if not cfgs:
         raise D2SSLError("no method to compare; name yamls such as configs/methods/*.yaml")
     _refuse_incomparable(cfgs)
-    inputs = {
-        name: [pretraining_inputs(cfg), file_hash(cfg.MODEL.WEIGHTS)] for name, cfg in cfgs.items()
-    }
+    inputs = {name: _inputs(cfg) for name, cfg in cfgs.items()}
     return [
         _run(name, cfg, inputs[name], drawn[name], seed, views, output)
         for seed in dict.fromkeys(seeds)
         for name, cfg in cfgs.items()
     ]
+
+
+def _inputs(cfg) -> List:
+    """What the outcome follows from besides the config, the held-out photos included."""
+    heldout = contents(cfg.DATASETS.TEST, labels=cfg.SSL.PROPOSALS.SOURCE == "annotations")
+    return [pretraining_inputs(cfg), file_hash(cfg.MODEL.WEIGHTS), list(heldout.values())]
 
 
 def _load(file: str, opts: Sequence[str], heldout: str) -> Tuple[object, int]:
@@ -197,19 +201,21 @@ def execute(run: Run, ask: BoxRetrieval) -> dict:
     """Pretrain, measure, and keep the result.
 
     Returns:
-        method, seed, key; iterations, photo_views; ``loss``: [photo views, mean loss] at up to
-        CURVE_POINTS places; ``before``, ``after``: top-1 of retrieval, see :class:`BoxRetrieval`;
+        method, seed, key, versions, device; iterations, photo_views; ``loss``: [photo views, mean
+        loss] at up to CURVE_POINTS places; ``before``, ``after``: top-1 of retrieval, see
+        :class:`BoxRetrieval`;
         ``seconds_per_view``: of an iteration that a tenth of all undercut, so that other work on
         the machine hardly counts, None for fewer than three; ``spread`` of the embeddings at the
         end, None where the method has none; ``seconds`` of it all; ``failed``: None, or why there
-        is nothing but method, seed and key.
+        is nothing but the first five.
     """
     stage = pretrain_cfg(run.cfg)
     shutil.rmtree(stage.OUTPUT_DIR, ignore_errors=True)  # what an interrupted run left
     os.makedirs(stage.OUTPUT_DIR)
     with atomic_open(os.path.join(run.cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
         file.write(run.cfg.dump())
-    result = {"method": run.method, "seed": run.seed, "key": run.key, "failed": None}
+    result = {"method": run.method, "seed": run.seed, "key": run.key, "failed": None,
+              "versions": versions(), "device": device_name(run.cfg)}  # fmt: skip
     with _log_to(os.path.join(run.cfg.OUTPUT_DIR, "log.txt")):
         try:
             result.update(_pretrain_and_measure(run, stage, ask))
@@ -320,12 +326,10 @@ def comparison(
         settings: what was asked for: ``command``, ``overrides``, ``photo_views``.
     """
     known = [result for result in results if result]
-    cfg = runs[0].cfg
     return {
         **settings,
-        "versions": versions(),
-        "device": device_name(cfg),
-        "start": os.path.basename(cfg.MODEL.WEIGHTS) or "random weights",
+        **made_by(known),
+        "start": os.path.basename(runs[0].cfg.MODEL.WEIGHTS) or "random weights",
         "seeds": list(dict.fromkeys(run.seed for run in runs)),
         "retrieval": {
             "heldout": ask.heldout,

@@ -8,10 +8,11 @@ photos   with replacement, AP taken anew (:meth:`~d2ssl.evaluation.matches.Match
 runs     by multipliers: each deviation from the mean is weighted by its own N(0, 1) instead of its
          own count (multiplier or wild bootstrap; van der Vaart and Wellner 1996, ch. 2.9)
 
-That one run is better on some photos, another on others, makes runs differ: it is in the second
-already, so of the first only what all runs share is added. Both are then spread as Student's t is against the normal distribution. A percentile bootstrap of
-three runs holds the truth in some 83 of 100 cases instead of 95; this one keeps what it promises
-(tests/evaluation/test_statistics.py measures it).
+That one run is better on some photos and another on others makes runs differ. It is in the second
+already, so of the first only what all runs share is added. Both are then spread as Student's t is
+against the normal distribution. A percentile bootstrap of three runs holds the truth in some 83 of
+100 cases instead of 95; this one keeps what it promises (tests/evaluation/test_statistics.py
+measures it).
 """
 
 import math

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
 from d2ssl.atomic import atomic_open
-from d2ssl.engine.environment import in_words
+from d2ssl.engine.environment import made_by_in_words
 from d2ssl.report.plots import BLUE, GREY, ORANGE, STYLE, svg, tidy
 
 COLUMNS = (
@@ -26,7 +26,7 @@ def write_comparison(folder: str, comparison: dict) -> None:
     """Write ``comparison.json``, ``comparison.md``, ``gains.svg`` and ``losses.svg`` into a folder.
 
     Args:
-        comparison: ``command``, ``versions``, ``device``, ``start`` (name of the weights),
+        comparison: ``command``, ``versions``, ``devices``, ``start`` (name of the weights),
             ``photo_views``, ``retrieval`` (heldout, photos, boxes, chance), ``methods`` (see
             :func:`~d2ssl.evaluation.compare.summarize`), ``runs`` (see
             :func:`~d2ssl.evaluation.compare.execute`), and whatever else is to be kept.
@@ -46,7 +46,6 @@ def write_comparison(folder: str, comparison: dict) -> None:
 def page(comparison: dict) -> str:
     """The table in Markdown, with what is needed to read it and to run it again."""
     task, methods = comparison["retrieval"], comparison["methods"]
-    versions = in_words(comparison["versions"])
     notes = [
         f"Each run: at most {comparison['photo_views']} photo views, from {comparison['start']}. "
         f"Seeds: {', '.join(map(str, comparison['seeds']))}.",
@@ -75,7 +74,7 @@ def page(comparison: dict) -> str:
         "![Gain in retrieval, a row a method](gains.svg)",
         "![Loss over photo views, a line a seed](losses.svg)",
         f"    {comparison['command']}",
-        f"{versions}; {comparison['device']}.",
+        f"{made_by_in_words(comparison)}.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -17,7 +17,13 @@ from d2ssl.study.findings import Results, findings
 from d2ssl.study.jobs import Launcher
 from d2ssl.study.page import write_study
 from d2ssl.study.plan import Run, Study, Task, plan, recipe_differences
-from d2ssl.study.timing import matched_iterations, seconds_of, timings
+from d2ssl.study.timing import (
+    keep_lengths,
+    kept_lengths,
+    matched_iterations,
+    seconds_of,
+    timings,
+)
 
 logger = logging.getLogger("d2ssl")
 
@@ -84,10 +90,18 @@ class Conductor:
                                "compared, too", key, value, arm, other)  # fmt: skip
         for note in notes(study):
             logger.warning("%s", note)
-        self.seconds = timings(study, call, threads)
-        self.tasks = plan(study, matched_iterations(study, self.seconds))
+        # As it was begun, also where that was on another machine: else its results would not fit.
+        self.lengths = kept_lengths(study)
+        if call:
+            self.seconds = timings(study, call, threads)
+            self.lengths = {**matched_iterations(study, self.seconds), **self.lengths}
+        self.tasks = plan(study, self.lengths)
         self.outcomes = {task: task.recorded() for task in self.tasks}
-        self.waiting = [task for task in self.tasks if task.result() is None]
+        if not (call or any(self.outcomes.values())):
+            raise D2SSLError(f"{study.output}: nothing was run here yet; leave --report-only out")
+        left = [task for task in self.tasks if task.result() is None]
+        needed = {task.needs for task in left}
+        self.waiting = [task for task in left if isinstance(task, Run) or task in needed]
         self.results = Results(study)
         for task, result in self.outcomes.items():
             if result and isinstance(task, Run):
@@ -118,6 +132,7 @@ class Conductor:
             f"{jobs.at_once} at a time; about {self.left(jobs.at_once)} to go",
             flush=True,
         )
+        keep_lengths(self.study, self.lengths)
         written = time.monotonic()
 
         def tell(task: Task, result: dict) -> None:
@@ -148,9 +163,7 @@ class Conductor:
                 took.setdefault(arm, []).append(result["seconds"])
         means = {arm: statistics.fmean(values) for arm, values in took.items()}
         found = findings(self.study, self.results, means)
-        return write_study(
-            self.study, self.results, found, self.outcomes, self.seconds, self.command
-        )
+        return write_study(self.study, self.results, found, self.outcomes, self.command)
 
 
 def notes(study: Study) -> List[str]:
@@ -158,12 +171,18 @@ def notes(study: Study) -> List[str]:
     found = []
     for arm in study.arms.values():
         solver = arm.cfg.SOLVER
+        other = study.arms[study.without(arm)]
+        without = [b for b in arm.budgets if b not in other.budgets]
+        if without and arm.uses_unlabeled:
+            found.append(
+                f"{other.name} is not for {_listed(without)}, so {arm.name} is compared with "
+                "nothing there"
+            )
         alone = [b for b in arm.budgets if arm.pretrains and not study.control(arm, b)]
         if alone:
-            labels = ", ".join(map(str, alone))
             found.append(
-                f"no arm is COMPUTE_MATCHED to {arm.name} with {labels} labels, so whether it pays "
-                "cannot be told"
+                f"no arm is COMPUTE_MATCHED to {arm.name} with {_listed(alone)}, so whether it "
+                "pays cannot be told"
             )
         if max([solver.WARMUP_ITERS, *solver.STEPS]) >= solver.MAX_ITER:
             found.append(
@@ -173,10 +192,14 @@ def notes(study: Study) -> List[str]:
     without = [b for b in study.budgets if study.dev and not study.dev_set(b, study.subsets[0])]
     if without:
         found.append(
-            f"no curve with {', '.join(map(str, without))} labels: DEV {study.dev} leaves "
+            f"no curve with {_listed(without)}: DEV {study.dev} leaves "
             f"{study.total - study.dev} of {study.total} photos"
         )
     return found
+
+
+def _listed(budgets: List[int]) -> str:
+    return f"{', '.join(map(str, budgets))} labels"
 
 
 def _outcome(result: dict) -> str:

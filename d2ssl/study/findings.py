@@ -21,6 +21,7 @@ from d2ssl.study.plan import Study
 THRESHOLDS = [round(0.05 * i, 2) for i in range(1, 20)]  # of the score
 NOTHING = 1.0  # AP: detectors that are all below have found nothing that could be compared
 CHANGED_PHOTOS, CHANGED_BY = 6, 5.0  # AP of a photo, at least
+MANY = 100  # repeats; how many more it would take is a rough figure, and beyond this none at all
 
 
 class Results:
@@ -47,6 +48,9 @@ class Results:
         runs = self.done.setdefault((result["arm"], result["budget"]), {})
         runs[repeat] = {**result, "matches": matches}
         self.boot = self.boot or Bootstrap(self.num_photos)
+
+    def failures(self, arm: str, budget: int) -> List[dict]:
+        return [result for key, result in self.failed.items() if key[:2] == (arm, budget)]
 
     @property
     def num_photos(self) -> int:
@@ -114,22 +118,23 @@ def findings(study: Study, results: Results, pretraining: Mapping[str, float]) -
         "photos": _changed_photos(study, results),
         "failed": list(results.failed.values()),
         "answer": [sentence(study, d) for d in differences if d["verdict"]]
-                  + _all_failed(study, results),
+                  + _without_a_run(study, results),
     }  # fmt: skip
 
 
-def _all_failed(study: Study, results: Results) -> List[str]:
-    """A sentence for each arm with unlabelled photos and each budget of which no run came to an
-    end, and one or more failed."""
+def _without_a_run(study: Study, results: Results) -> List[str]:
+    """A sentence for each arm with unlabelled photos and each budget of which, or of what it is
+    compared with, no run came to an end, and one or more failed."""
     found = []
-    for name, arm in study.arms.items():
-        for budget in study.budgets:
-            failed = [r for key, r in results.failed.items() if key[:2] == (name, budget)]
-            if arm.uses_unlabeled and failed and not results.runs(name, budget):
-                found.append(
-                    f"{name} with {budget} labels: {UNKNOWN}. {count(len(failed), 'run')} of its "
-                    f"own failed and none is finished: {failed[0]['failed']}"
-                )
+    for arm in filter(lambda arm: arm.uses_unlabeled, study.arms.values()):
+        for budget in arm.budgets:
+            for name in (arm.name, study.without(arm)):
+                failed = results.failures(name, budget)
+                if failed and not results.runs(name, budget):
+                    found.append(
+                        f"{arm.name} with {budget} labels: {UNKNOWN}. {count(len(failed), 'run')} "
+                        f"of {name} failed and none is finished: {failed[0]['failed']}"
+                    )
     return found
 
 
@@ -170,9 +175,10 @@ def _difference(
 
     Returns:
         arm, against, budget; ``segm``, ``bbox``: mean, interval, run_sd, photo_se, units;
-        ``failed``: how many of the arm's repeats did; and, where the other is the same without
-        unlabelled photos, else None: ``control``: segm as above against the arm that spent the same
-        time on fine-tuning, its name (no mean while it is not finished) and what ``labelling``
+        ``failed``: {arm: how many of its repeats did}, of this, the other and the control; and,
+        where the other is the same without unlabelled photos, else None: ``control``: segm as above
+        against the arm that spent the same time on fine-tuning, its name (no mean while it is not
+        finished) and what ``labelling``
         added to the arm's own time, a share; ``verdict``; ``more``: repeats that it would take on
         top of these to see ``study.effect``, None where that is not known or no number would do;
         ``worth``, see :func:`_worth`; ``blank``: neither has found anything, so there is nothing to
@@ -181,7 +187,9 @@ def _difference(
     both = {what: results.difference(arm, other, budget, what) for what in TASKS}
     if not both["segm"]:
         return None
-    failed = sum(key[:2] == (arm, budget) for key in results.failed)
+    name = study.control(study.arms[arm], budget) if study.arms[arm].uses_unlabeled else ""
+    failed = {a: len(results.failures(a, budget)) for a in (arm, other, name)}
+    failed = {a: number for a, number in failed.items() if number}
     found = {"arm": arm, "against": other, "budget": budget, "failed": failed,
              **{what: _plain(estimate) for what, estimate in both.items()},
              "control": None, "verdict": None, "more": None, "worth": None,
@@ -190,7 +198,6 @@ def _difference(
         return found
     if max(results.ap(a, budget, "segm").mean for a in (arm, other)) < NOTHING:
         return {**found, "verdict": UNKNOWN, "blank": True}
-    name = study.control(study.arms[arm], budget)
     control = results.difference(arm, name, budget, "segm") if name else None
     return {
         **found,
@@ -321,15 +328,21 @@ def sentence(study: Study, difference: dict) -> str:
             f"reaches {NOTHING:g} AP, so there is nothing to compare: train longer "
             "(SOLVER.MAX_ITER), or check MODEL.WEIGHTS and SOLVER.BASE_LR."
         )
-    worth, failed = describe_worth(d["worth"]), d["failed"]
+    worth, control = describe_worth(d["worth"]), d["control"]
+    one_choice = len(study.subsets) == 1 and d["budget"] < study.total
     parts = [
         f"{d['arm']} with {d['budget']} labels: {d['verdict']}. {gain(d['segm'])} segm AP over "
         f"{d['against']}, {_describe_control(d)}",
         f"its {d['budget']} labels do what {worth} do without it" if worth else "",
-        f"{count(failed, 'run')} of its own failed" if failed else "",
-        "one repeat, so no interval" if d["segm"]["interval"] is None else "",
+        *(f"{count(number, 'run')} of {arm} failed" for arm, number in d["failed"].items()),
+        "one repeat, so no interval"
+        if d["segm"]["interval"] is None
+        else "all of one choice of the labels"
+        if one_choice
+        else "",
     ]
-    power = describe_power(study, d) if d["verdict"] == UNKNOWN else ""
+    is_open = d["verdict"] == UNKNOWN and control and "mean" in control
+    power = describe_power(study, d) if is_open else ""
     return f"{'; '.join(filter(None, parts))}. {power}".strip()
 
 
@@ -351,7 +364,8 @@ def _describe_control(difference: dict) -> str:
     if not control:
         return "but there is no compute-matched arm: longer fine-tuning might have done the same"
     if "mean" not in control:
-        return f"but {control['arm']}, its control, is not finished"
+        state = "failed" if control["arm"] in difference["failed"] else "is not finished"
+        return f"but {control['arm']}, its control, {state}"
     if control["arm"] == difference["against"]:
         return (
             f"which has as many iterations; labelling added {control['labelling']:.0%} of its time"
@@ -386,4 +400,10 @@ def describe_power(study: Study, difference: dict) -> str:
         return f"No number of {repeat}s would show {what}: what the test photos leave open is more."
     if more == 0:
         return f"{segm['units']} {repeat}s are enough to see {what}."
-    return f"About {count(more, f'more {repeat}')} would be needed to see {what}."
+    return (
+        f"{how_many(more).capitalize()} {repeat}{'s' * (more > 1)} would be needed to see {what}."
+    )
+
+
+def how_many(more: int) -> str:
+    return f"about {more} more" if more <= MANY else f"more than {MANY} more"

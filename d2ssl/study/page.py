@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import statistics
 from typing import Dict, List, Mapping, Optional, Sequence
 
 from detectron2.data import MetadataCatalog
@@ -15,7 +16,7 @@ from d2ssl.atomic import atomic_open, make_folder
 from d2ssl.config import changed, finetune_cfg, method_title
 from d2ssl.data.datasets.catalog import decoded, listed
 from d2ssl.data.photos import read_photo
-from d2ssl.engine.environment import in_words, versions
+from d2ssl.engine.environment import in_words, made_by, made_by_in_words
 from d2ssl.evaluation.matches import TASKS
 from d2ssl.evaluation.statistics import UNKNOWN
 from d2ssl.report import pieces
@@ -27,11 +28,12 @@ from d2ssl.report.pictures import (
     side_by_side,
 )
 from d2ssl.study import plots
-from d2ssl.study.findings import Results, describe_worth, gain, signed
+from d2ssl.study.findings import Results, describe_worth, gain, how_many, signed
 from d2ssl.study.plan import Run, Study, Task, on_all_labels, recipe_differences
 
 SIDE = 300  # of a picture, the longer one, in pixels
 FEW_PHOTOS = 200  # of the test: up to here study.json holds what each detection matched
+NO_USE = "none"
 COLUMNS = ("arm", "budget", "subset", "seed", "segm AP", "bbox AP", "iterations", "seconds",
            "failed")  # fmt: skip
 
@@ -41,7 +43,6 @@ def write_study(
     results: Results,
     found: dict,
     outcomes: Mapping[Task, Optional[dict]],
-    seconds: Mapping[str, Mapping[str, float]],
     command: str,
 ) -> str:
     """Write ``study.html``, ``study.md``, ``study.json``, ``runs.csv`` and ``curve.png``, and for
@@ -50,7 +51,6 @@ def write_study(
     Args:
         found: see :func:`~d2ssl.study.findings.findings`.
         outcomes: of each task, None where it was not run.
-        seconds: of each arm, see :func:`~d2ssl.study.timing.timings`.
         command: that was typed.
     Returns:
         path of the page.
@@ -58,7 +58,7 @@ def write_study(
     make_folder(os.path.join(study.output, "final"))
     runs = [task for task in outcomes if isinstance(task, Run)]
     known = [outcomes[run] for run in runs if outcomes[run]]
-    about = describe(study, outcomes, seconds, command)
+    about = describe(study, outcomes, command)
     kept = known
     if results.done and results.num_photos > FEW_PHOTOS:  # each run's own file has them
         kept = [{k: v for k, v in run.items() if k != "matches"} for run in known]
@@ -83,14 +83,12 @@ def _final(arm: str) -> str:
     return os.path.join("final", f"{arm}.yaml")
 
 
-def describe(study: Study, outcomes, seconds, command: str) -> dict:
+def describe(study: Study, outcomes, command: str) -> dict:
     """What was asked and where it ran."""
     results = [result for result in outcomes.values() if result]
-    devices = {result["device"]: None for result in results}
     return {
         "command": command,
-        "versions": _distinct([r["versions"] for r in results if "versions" in r]) or [versions()],
-        "device": "; ".join(filter(None, devices)),
+        **made_by(results),
         "baseline": study.baseline,
         "train": study.train,
         "test": study.test,
@@ -104,7 +102,7 @@ def describe(study: Study, outcomes, seconds, command: str) -> dict:
             name: {
                 "unlabeled": _use_of_unlabeled(arm),
                 "matched": arm.matched,
-                "timing": dict(seconds[name]),
+                "iteration": _iteration([r for r in results if r["arm"] == name]),
                 "config": {k: _plain(v) for k, v in changed(arm.cfg).items()},
             }
             for name, arm in study.arms.items()
@@ -119,8 +117,18 @@ def describe(study: Study, outcomes, seconds, command: str) -> dict:
     }
 
 
-def _distinct(rows: List[dict]) -> List[dict]:
-    return [row for i, row in enumerate(rows) if row not in rows[:i]]
+def _iteration(results: List[dict]) -> Dict[str, float]:
+    """Seconds of an iteration of ``pretraining`` and of ``finetuning``, means over what is done."""
+    done = [r for r in results if not r["failed"]]
+    kinds = {"pretraining": [r for r in done if "budget" not in r],
+             "finetuning": [r for r in done if "budget" in r]}  # fmt: skip
+    return {
+        kind: statistics.fmean(
+            (r["seconds"] - r.get("labelling", 0.0)) / r["iterations"] for r in rows
+        )
+        for kind, rows in kinds.items()
+        if rows
+    }
 
 
 def _plain(value):
@@ -138,7 +146,7 @@ def _use_of_unlabeled(arm) -> str:
     if cfg.SSL.SELF_TRAINING.ENABLED:
         times = ", ".join(f"{share:.0%}" for share in cfg.SSL.SELF_TRAINING.AT)
         uses.append(f"self-training, labelled after {times} of fine-tuning")
-    return "; ".join(uses) or "none"
+    return "; ".join(uses) or NO_USE
 
 
 def _csv(runs: Sequence[dict]) -> str:
@@ -197,7 +205,7 @@ def _sections(study: Study, results: Results, found: dict, about: dict, runs) ->
         _one("Paired difference",
              plots.plot_differences(found["differences"], arms)),
         _difference_table(found),
-        _how_to_read(study, found),
+        _how_to_read(study, found, about),
         _convergence(found, arms),
         _sweep(found, arms),
         _photos(study, found, runs),
@@ -216,7 +224,11 @@ def _answer(found: dict, about: dict) -> str:
         parts.append(pieces.line(f"{unfinished} of {about['planned']} runs are still to come."))
     if not found["answer"]:
         parts.append(
-            pieces.line("No arm with unlabelled photos is finished beside the baseline yet.")
+            pieces.line(
+                "No arm with unlabelled photos is finished beside the same without them yet."
+                if any(arm["unlabeled"] != NO_USE for arm in about["arms"].values())
+                else "No arm uses unlabelled photos, so whether they pay is not asked."
+            )
         )
     for sentence in found["answer"]:
         head, _, rest = sentence.partition(". ")
@@ -230,12 +242,23 @@ def _facts(study: Study, results: Results, about: dict) -> str:
         [
             ("Tested on", f"{study.test} ({photos}), once per run"),
             ("Labels from", f"{study.train} ({pieces.count(study.total, 'photo')})"),
-            ("Repeats", f"{pieces.count(len(study.subsets), 'subset')} of the labels, "
-                        f"{pieces.count(study.seeds, 'seed')} each"),
-            ("Device", about["device"]),
-            ("Versions", _versions(about)),
+            ("Repeats", _repeats(study)),
+            ("Device", "; ".join(about["devices"])),
+            ("Versions", "; ".join(map(in_words, about["versions"]))),
         ]
     )  # fmt: skip
+
+
+def _repeats(study: Study) -> str:
+    if _only_all(study):
+        return pieces.count(len(study.subsets) * study.seeds, "seed")
+    subsets = pieces.count(len(study.subsets), "subset")
+    return f"{subsets} of the labels, {pieces.count(study.seeds, 'seed')} each"
+
+
+def _only_all(study: Study) -> bool:
+    """Whether no choice of labels is left in it."""
+    return study.budgets == [study.total]
 
 
 def _ap_table(found: dict) -> str:
@@ -282,10 +305,10 @@ def _more(difference: dict) -> str:
         return str(units)
     if units == 1:
         return "1, too few"
-    return f"{units}, " + ("enough" if more == 0 else f"about {more} more" if more else "no use")
+    return f"{units}, " + ("enough" if more == 0 else how_many(more) if more else "no use")
 
 
-def _how_to_read(study: Study, found: dict) -> str:
+def _how_to_read(study: Study, found: dict, about: dict) -> str:
     lines = [
         "Brackets are 95 % intervals over subsets, seeds and test photos. Differences are paired: "
         "the same labels, the same seed, the same photos on both sides.",
@@ -299,7 +322,14 @@ def _how_to_read(study: Study, found: dict) -> str:
         f"{study.effect:g} AP in 80 of 100 studies; no use: with so few test photos no number "
         "would show it.",
     ]
-    if len(study.subsets) == 1:
+    if study.total in study.budgets:
+        lines.append(
+            f"With all {study.total} labels there is no choice of them: intervals say what other "
+            "seeds and test photos would give."
+        )
+    if _only_all(study):
+        pass
+    elif len(study.subsets) == 1:
         lines.append(
             "There is one subset of labels, so the intervals say what other seeds would give, not "
             "what other labels would."
@@ -308,6 +338,11 @@ def _how_to_read(study: Study, found: dict) -> str:
         lines.append(
             f"Subsets are drawn from the same {study.total} photos: the larger the budget, the "
             "more they are alike."
+        )
+    if len(about["devices"]) > 1:
+        lines.append(
+            "Not all runs were made on the same kind of device: the two sides of a difference may "
+            "be of different ones, which round differently."
         )
     if len(found["differences"]) > 1:
         lines.append(
@@ -327,7 +362,7 @@ def _by_budget(series: Sequence[dict], column: int) -> Dict[int, Dict[str, List]
 
 def _convergence(found: dict, arms: Sequence[str]) -> str:
     figure = plots.plot_panels(
-        _by_budget(found["curves"], 1), arms, "iteration", "segm AP, dev photos (%)", "o-"
+        _by_budget(found["curves"], 1), arms, "iteration", "segm AP, dev photos (%)", "o"
     )
     if not figure:
         return ""
@@ -444,14 +479,9 @@ def _failures(found: dict) -> str:
 
 
 def _again(about: dict) -> str:
-    timing = "\n".join(
-        f"{name}: {arm['timing']['pretraining']:.3f} s an iteration of pretraining, "
-        f"{arm['timing']['finetuning']:.3f} s of fine-tuning"
+    took = [
+        f"{name}: {seconds:.3f} s an iteration of {kind}"
         for name, arm in about["arms"].items()
-    )
-    return f"{about['command']}\n{_versions(about)}; {about['device']}\n\n{timing}"
-
-
-def _versions(about: dict) -> str:
-    """Those that the runs were made with, where they differ one after another."""
-    return "; ".join(map(in_words, about["versions"]))
+        for kind, seconds in arm["iteration"].items()
+    ]
+    return "\n".join([about["command"], made_by_in_words(about), "", *took])

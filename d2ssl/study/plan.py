@@ -10,13 +10,15 @@ from detectron2.config import CfgNode
 
 from d2ssl.config import changed, leaves, pretrained_path
 from d2ssl.data.build import unlabeled_photos
+from d2ssl.engine.checkpoint import training_classes
 from d2ssl.engine.inputs import file_hash
 
 FIRST = "first"
 SEED_STEP = 1000  # between the seeds of one subset
-# What pretraining and its hand-off do not depend on.
+# What pretraining and its hand-off do not depend on, but for HANDOFF.
 FINETUNE_ONLY = ("SOLVER.", "DATASETS.", "TEST.", "SSL.FINETUNE.", "SSL.SELF_TRAINING.",
                  "DATALOADER.SAMPLER_TRAIN")  # fmt: skip
+HANDOFF = ("SSL.FINETUNE.FIT_PREDICTORS", "SSL.FINETUNE.WEIGHTS_CLASSES")
 # What no result depends on.
 INCIDENTAL = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "VERSION", "SSL.CACHE_GB",
               "SOLVER.CHECKPOINT_PERIOD", "SSL.SOLVER.CHECKPOINT_PERIOD")  # fmt: skip
@@ -56,7 +58,7 @@ class Arm:
         if not pretraining:
             # An iteration takes as long with self-training as without; labelling is timed apart.
             values = _recipe(values)
-        return _key({k: v for k, v in values.items() if not k.startswith(skip)})
+        return config_key({k: v for k, v in values.items() if not k.startswith(skip)})
 
 
 @dataclass(frozen=True)
@@ -231,11 +233,13 @@ def _pretraining(study: Study, arm: Arm, seed: int) -> Pretraining:
     cfg = arm.cfg.clone()
     cfg.defrost()
     cfg.SEED = seed
-    values = {k: v for k, v in changed(cfg).items() if not k.startswith(FINETUNE_ONLY)}
-    key = _key({**values, "photos": study.unlabelled[arm.name]})
-    cfg.OUTPUT_DIR = os.path.join(study.output, "pretraining", arm.name, f"seed{seed}")
-    # Of these only class names and sizes enter the hand-off, which all budgets share.
+    # Of the labels only class names and sizes enter the hand-off, which all budgets share.
     cfg.DATASETS.TRAIN = (study.train,)
+    values = changed(cfg)
+    values = {k: v for k, v in values.items() if not k.startswith(FINETUNE_ONLY) or k in HANDOFF}
+    photos = [*study.unlabelled[arm.name], training_classes(cfg)]
+    key = config_key({**values, "photos": photos})
+    cfg.OUTPUT_DIR = os.path.join(study.output, "pretraining", arm.name, f"seed{seed}")
     cfg.freeze()
     return Pretraining(cfg, key, arm.name)
 
@@ -255,7 +259,7 @@ def _run(study, arm: Arm, budget, subset, seed, iterations, needs) -> Run:
     before = {"pretraining": needs.key if needs else "", "photos": photos}
     # All of self-training's: its defaults are young, and one that changes must change the key.
     own = {k: v for k, v in leaves(cfg).items() if k.startswith("SSL.SELF_TRAINING.")}
-    key = _key({**_of_finetuning({**changed(cfg), **own}), **before})
+    key = config_key({**_of_finetuning({**changed(cfg), **own}), **before})
     if needs:
         cfg.MODEL.WEIGHTS = needs.weights
     place = (arm.name, f"{budget}", f"subset{subset}-seed{seed}")
@@ -277,7 +281,7 @@ def on_all_labels(study: Study, run: Run) -> CfgNode:
 
 def _of_finetuning(values: Mapping[str, object]) -> Dict[str, object]:
     """Those that fine-tuning depends on, besides what it starts from."""
-    ssl = ("SSL.FINETUNE.",)
+    ssl = ("SSL.FINETUNE.", "SSL.CALIBRATION_PHOTOS")
     if values.get("SSL.SELF_TRAINING.ENABLED"):
         ssl += ("SSL.SELF_TRAINING.", "SSL.DATASETS")
     return {k: v for k, v in values.items() if not k.startswith("SSL.") or k.startswith(ssl)}
@@ -301,7 +305,8 @@ def with_length(cfg: CfgNode, iterations: int) -> CfgNode:
     return cfg
 
 
-def _key(values: Mapping[str, object]) -> str:
+def config_key(values: Mapping[str, object]) -> str:
+    """A short hash of config keys and whatever else there is, but for what is incidental."""
     values = {k: v for k, v in values.items() if k not in INCIDENTAL}
     if "MODEL.WEIGHTS" in values:  # what is in it counts, not where it lies
         values["MODEL.WEIGHTS"] = file_hash(values["MODEL.WEIGHTS"])

@@ -12,9 +12,16 @@ from d2ssl.report.plots import BLUE, GREEN, GREY, ORANGE, PARTS, PURPLE, STYLE, 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, *PARTS)
 
 
-def colors(arms: Sequence[str]) -> Dict[str, str]:
-    """Of each arm, the same in all figures; grey beyond the palette."""
-    return {arm: COLORS[i] if i < len(COLORS) else GREY for i, arm in enumerate(arms)}
+LINES = ("-", "--", ":")  # for more arms than colours
+
+
+def looks(arms: Sequence[str]) -> Dict[str, Dict[str, str]]:
+    """Colour and kind of line of each arm, the same in all figures."""
+    turns = {arm: divmod(i, len(COLORS)) for i, arm in enumerate(arms)}
+    return {
+        arm: {"color": COLORS[i], "linestyle": LINES[turn % len(LINES)]}
+        for arm, (turn, i) in turns.items()
+    }
 
 
 def plot_efficiency(
@@ -37,11 +44,11 @@ def plot_efficiency(
             # Side by side, or intervals would hide one another.
             x = [c["budget"] * 2 ** (0.05 * (i - (len(shown) - 1) / 2)) for c in points]
             y = [c[what]["mean"] for c in points]
-            color = colors(arms)[arm]
-            axes.plot(x, y, "o-", color=color, linewidth=1.6, markersize=5, label=arm)
+            look = looks(arms)[arm]
+            axes.plot(x, y, marker="o", linewidth=1.6, markersize=5, label=arm, **look)
             for at, cell in zip(x, points):
                 if cell[what]["interval"]:
-                    axes.plot([at, at], cell[what]["interval"], color=color, linewidth=1.2)
+                    axes.plot([at, at], cell[what]["interval"], color=look["color"], linewidth=1.2)
         axes.set_xlim(budgets[0] / 1.3, budgets[-1] * 1.3)
         axes.set_xticks(budgets, [str(b) for b in budgets])
         axes.xaxis.set_minor_locator(NullLocator())
@@ -62,7 +69,7 @@ def plot_differences(differences: Sequence[dict], arms: Sequence[str]) -> bytes:
         axes = figure.subplots()
         axes.axvline(0, color=GREY, linewidth=0.8)
         for y, row in enumerate(rows):
-            color, segm = colors(arms)[row["arm"]], row["segm"]
+            color, segm = looks(arms)[row["arm"]]["color"], row["segm"]
             if segm["interval"]:
                 axes.plot(segm["interval"], [y, y], color=color, linewidth=1.6)
             axes.plot(segm["mean"], y, "o", color=color, markersize=5)
@@ -79,13 +86,13 @@ def plot_panels(
     arms: Sequence[str],
     xlabel: str,
     ylabel: str,
-    dots: str = "-",
+    marker: str = "",
 ) -> bytes:
     """A panel a budget, a line an arm; SVG, empty where there is nothing to draw.
 
     Args:
         lines: budget -> arm -> points; a y of None is left out.
-        dots: "o-" to mark the points, for a few.
+        marker: of the points, "o" for a few.
     """
     lines = {budget: of_arm for budget, of_arm in lines.items() if any(of_arm.values())}
     if not lines:
@@ -97,9 +104,8 @@ def plot_panels(
             for arm, points in of_arm.items():
                 points = [p for p in points if p[1] is not None]
                 if points:
-                    axes.plot(
-                        *zip(*points), dots, color=colors(arms)[arm], label=arm, markersize=3.5
-                    )
+                    look = looks(arms)[arm]
+                    axes.plot(*zip(*points), marker=marker, label=arm, markersize=3.5, **look)
             axes.set_xlim(0, None)
             axes.set_title(f"{budget} labels", fontsize=9)
             axes.xaxis.set_major_locator(MaxNLocator(4))

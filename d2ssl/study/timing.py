@@ -1,7 +1,7 @@
 """How long will it take on this machine? A few iterations of each kind of work, measured once.
 
-What is measured is kept with the study: the length of the compute-matched arms follows from it, so
-that it is the same for all seeds and after an interruption.
+The length of the compute-matched arms follows from it. What a study was begun with is kept, so that
+it is the same for all seeds, after an interruption, and on another machine.
 """
 
 import json
@@ -15,13 +15,12 @@ import torch
 
 from d2ssl import pipeline
 from d2ssl.atomic import atomic_open, make_folder
-from d2ssl.config import finetune_cfg, pretrain_cfg
+from d2ssl.config import changed, finetune_cfg, pretrain_cfg
 from d2ssl.data.build import build_validation_batches, count_photos
 from d2ssl.engine.finetuning import FinetuneTrainer
 from d2ssl.engine.pretraining import PretrainTrainer
-from d2ssl.errors import D2SSLError
 from d2ssl.study.jobs import with_device
-from d2ssl.study.plan import Arm, Pretraining, Run, Study, Task
+from d2ssl.study.plan import Arm, Pretraining, Run, Study, Task, config_key
 
 ON_CPU, ON_GPU = 7, 40  # iterations; a GPU's are short, but it takes more to come up to speed
 MEASURED = 5  # of them, the last
@@ -77,35 +76,18 @@ def timings(study: Study, call, threads: int) -> Dict[str, Dict[str, float]]:
     and of a ``photo`` at test; measured where ``timing.json`` does not know it yet.
 
     Args:
-        call: runs a function in a job, :meth:`~d2ssl.study.jobs.Launcher.call`; None: nothing is
-            to be run.
-
-    Raises:
-        D2SSLError: an arm is not known yet, and nothing is to be run.
+        call: runs a function in a job, :meth:`~d2ssl.study.jobs.Launcher.call`.
     """
     path = os.path.join(study.output, "timing.json")
-    known: Dict[str, Dict] = {}
-    if os.path.isfile(path):
-        with open(path) as file:
-            known = json.load(file)
-
-    device = study.arms[study.baseline].cfg.MODEL.DEVICE
-    if call is None and known:  # shown on another machine than it ran on: that was timed last
-        device = list(known)[-1].split()[0]
+    known = _read(path)
 
     def find(arm: Arm, pretraining: bool) -> Dict[str, float]:
-        kind = f"{device} {arm.kind(pretraining)}"
+        kind = f"{arm.cfg.MODEL.DEVICE} {arm.kind(pretraining)}"
         if kind not in known:
-            if call is None:
-                raise D2SSLError(
-                    f"{study.output}: {arm.name} was not begun yet; leave --report-only out"
-                )
             what = "pretraining" if pretraining else "fine-tuning"
             print(f"timing {what} of {arm.name}, once, some minutes at most ...", flush=True)
             known[kind] = call(measure, arm, study.train, pretraining, threads)
-            make_folder(study.output)
-            with atomic_open(path, "w") as file:
-                json.dump(known, file, indent=1)
+            _write(path, known)
         return known[kind]
 
     found = {}
@@ -131,6 +113,49 @@ def matched_iterations(study: Study, seconds: Mapping[str, Mapping[str, float]])
             own = arm.cfg.SOLVER.MAX_ITER
             lengths[arm.name] = own + round(spent / seconds[arm.name]["finetuning"])
     return lengths
+
+
+def keep_lengths(study: Study, lengths: Mapping[str, int]) -> None:
+    """Note with the study how long its compute-matched arms are, see :func:`kept_lengths`."""
+    rows = {
+        name: {"of": _what_is_matched(study, name), "iterations": iterations}
+        for name, iterations in lengths.items()
+    }
+    _write(_lengths_file(study), rows)
+
+
+def kept_lengths(study: Study) -> Dict[str, int]:
+    """What :func:`keep_lengths` noted, of arms that neither they nor what they are matched to have
+    changed since."""
+    rows = _read(_lengths_file(study))
+    return {
+        name: rows[name]["iterations"]
+        for name, arm in study.arms.items()
+        if arm.matched and rows.get(name, {}).get("of") == _what_is_matched(study, name)
+    }
+
+
+def _what_is_matched(study: Study, name: str) -> str:
+    arm = study.arms[name]
+    pair = {n: config_key(changed(study.arms[n].cfg)) for n in (name, arm.matched)}
+    return config_key({**pair, "photos": study.unlabelled[arm.matched]})
+
+
+def _lengths_file(study: Study) -> str:
+    return os.path.join(study.output, "lengths.json")
+
+
+def _read(path: str) -> Dict[str, Dict]:
+    if not os.path.isfile(path):
+        return {}
+    with open(path) as file:
+        return json.load(file)
+
+
+def _write(path: str, content: Mapping) -> None:
+    make_folder(os.path.dirname(path))
+    with atomic_open(path, "w") as file:
+        json.dump(content, file, indent=1)
 
 
 def labelling_photos(cfg) -> float:

@@ -19,13 +19,13 @@
 import difflib
 import os
 import re
-from typing import List, Mapping, Sequence, Tuple, Union
+from typing import List, Mapping, Sequence, Set, Tuple, Union
 
 import yaml
 from detectron2.config import CfgNode
 
 from d2ssl.config import get_cfg, leaves, load_cfg
-from d2ssl.data.build import check_classes, count_photos, register_datasets
+from d2ssl.data.build import check_classes, count_photos, load_photos, register_datasets
 from d2ssl.data.datasets import ensure_registered
 from d2ssl.engine.auto import resolve_auto
 from d2ssl.engine.inputs import contents, pretraining_inputs
@@ -84,6 +84,7 @@ def read_study(
             than the set, or whatever a config can have wrong.
     """
     asked = _read(file)
+    _check_types(file, asked)
     common, written = {}, asked["BUDGETS"]
     if len(opts) % 2:
         raise D2SSLError(
@@ -130,7 +131,7 @@ def read_study(
             raise D2SSLError(f"{file}: {where}: {error}") from error
         if elsewhere:
             cfg.defrost()
-            cfg.MODEL.DEVICE = keys.get("MODEL.DEVICE", "cuda")
+            cfg.MODEL.DEVICE = keys.get("MODEL.DEVICE", _device(base))
             cfg.freeze()
         arms[name] = Arm(name, cfg, tuple(b for b in budgets if b in asked["BUDGETS"]), matched)
     tests = [arm.cfg.DATASETS.TEST for arm in arms.values()]
@@ -228,8 +229,18 @@ def _inherited(file: str, arms: Mapping[str, dict], name: str, seen: Tuple = ())
     return {**_inherited(file, arms, parent, (*seen, name)), **overlay}
 
 
+def _device(base: str) -> str:
+    """As the yaml has it; loaded, it is the CPU where there is no GPU."""
+    return CfgNode.load_yaml_with_base(base).get("MODEL", {}).get("DEVICE", "cuda")
+
+
 def _arm_cfg(base: str, keys: Mapping[str, object], register) -> CfgNode:
-    for key in keys:
+    for key, value in keys.items():
+        if not isinstance(key, str):
+            raise D2SSLError(f"key {key}: give a config key, e.g. SOLVER.MAX_ITER")
+        if isinstance(value, dict):
+            inside = next(iter(value), "...")
+            raise D2SSLError(f"{key}: a study's keys are in one piece, {key}.{inside}: ...")
         if key in OWN:
             raise D2SSLError(f"{key} is set by {OWN[key]}; leave it out")
     cfg = load_cfg(base, [word for pair in keys.items() for word in pair])
@@ -298,9 +309,11 @@ def _check(file: str, study: Study) -> None:
             f"arm {arm.name}: MODEL.MASK_ON is False, and a study compares masks; leave it True",
         )
         require(
-            len(arm.cfg.DATASETS.TEST) == 1 and arm.cfg.DATASETS.TEST[0] == study.test,
+            len(arm.cfg.DATASETS.TEST) == 1
+            and arm.cfg.DATASETS.TEST == arms[study.baseline].cfg.DATASETS.TEST,
             f"arm {arm.name}: DATASETS.TEST must be one set, the same in all arms",
         )
+        require(arm.cfg.SOLVER.MAX_ITER > 0, f"arm {arm.name}: SOLVER.MAX_ITER: give 1 or more")
     require(bool(study.budgets), "BUDGETS is empty; e.g. [8, 16]")
     for budget in study.budgets:
         require(
@@ -315,7 +328,9 @@ def _check(file: str, study: Study) -> None:
         )
     require(0 <= study.dev < study.total, f"DEV {study.dev}: {study.train} has {study.total}")
     require(study.curve_points >= 1, "CURVE_POINTS: give 1 or more")
-    require(study.test != study.train, "DATASETS.TEST is TRAIN: the photos must be others")
+    tested = _paths([study.test])
+    shared = min(_paths([study.train]) & tested, default="")
+    require(not shared, f"TRAIN {study.train} has the test photo {shared}; the photos must differ")
     for arm in arms.values():
         weights = arm.cfg.MODEL.WEIGHTS
         require(
@@ -323,10 +338,15 @@ def _check(file: str, study: Study) -> None:
             f"arm {arm.name}: MODEL.WEIGHTS {weights}: no such file",
         )
         check_classes(arm.cfg, [study.train, study.test])  # before hours of training
+        shared = min(_paths(arm.cfg.SSL.DATASETS) & tested, default="")
         require(
-            not arm.uses_unlabeled or study.test not in arm.cfg.SSL.DATASETS,
-            f"arm {arm.name}: SSL.DATASETS has the test photos, {study.test}; leave them out",
+            not (arm.uses_unlabeled and shared),
+            f"arm {arm.name}: SSL.DATASETS has the test photo {shared}; leave it out",
         )
+
+
+def _paths(names: Sequence[str]) -> Set[str]:
+    return {os.path.realpath(photo["file_name"]) for photo in load_photos(names)}
 
 
 def _same_but_for_length(study: Study, arm: Arm, other: Arm) -> bool:

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from d2ssl.data.datasets import register_dataset
 from d2ssl.errors import D2SSLError
 from d2ssl.evaluation import compare, retrieval
 from d2ssl.evaluation.retrieval import BoxRetrieval
@@ -97,6 +99,10 @@ def test_the_key_follows_from_all_that_decides_the_outcome(soco, tmp_path):
         key(opts=[*OPTS, "DATASETS.TEST", "('balloon_demo_train',)"]),
     }
     assert len(others | {reference}) == 5
+    photos = DatasetCatalog.get("balloon_demo_val")
+    classes = MetadataCatalog.get("balloon_demo_val").thing_classes
+    register_dataset("balloon_demo_val", lambda: photos[:3], thing_classes=classes)
+    assert key() != reference  # other photos are asked about
 
 
 @pytest.mark.parametrize("ssl", ["  INPUT: {VIEW_SIZE: 96}", "  PROPOSALS: {MAX_ASPECT: 2.0}"])

@@ -38,7 +38,7 @@ def content():
     }  # fmt: skip
     return {
         "command": "tools/compare_methods.py --views 300", "photo_views": 300, "overrides": [],
-        "versions": {"d2ssl": "1", "PyTorch": "2"}, "device": "CPU", "start": "random weights",
+        "versions": [{"d2ssl": "1", "PyTorch": "2"}], "devices": ["CPU"], "start": "random weights",
         "seeds": [0, 1, 2],
         "retrieval": {"heldout": ["my_val"], "photos": 13, "boxes": 98.5, "chance": 1 / 98.5},
         "methods": [soco, generative, failed],

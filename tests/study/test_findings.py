@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from d2ssl.evaluation.statistics import NOT, PAYS, UNKNOWN
-from d2ssl.study.findings import Results, findings
+from d2ssl.study.findings import Results, findings, how_many
 from d2ssl.study.plan import Run, plan
 from d2ssl.study.yaml_file import read_study
 from tests.study.made_up import CLEAR, ap_of, result_of
@@ -91,6 +91,26 @@ def test_without_a_finished_control_nothing_is_claimed(make):
     assert "no compute-matched arm" in none["answer"][0]
 
 
+def test_what_failed_is_not_called_unfinished(make):
+    """Nor is more of it asked for."""
+    why = ["the loss became infinite"] * 3
+    control = make({**CLEAR, ("longer", 3): why})["answer"][0]
+    assert "longer, its control, failed" in control and "3 runs of longer failed" in control
+    assert "subsets" not in control
+    baseline = make({**CLEAR, ("scratch", 3): why})["answer"]
+    assert any("3 runs of scratch failed and none is finished: the loss" in a for a in baseline)
+
+
+def test_what_did_not_vary_is_said(make):
+    one = make({k: [v[0], v[1]] for k, v in CLEAR.items()}, SUBSETS=1, SEEDS=2)
+    assert one["answer"] and all("all of one choice of the labels" in a for a in one["answer"])
+    assert not any("one choice" in a for a in make(CLEAR)["answer"])
+
+
+def test_numbers_of_repeats_are_rough():
+    assert how_many(8) == "about 8 more" and how_many(479) == "more than 100 more"
+
+
 def test_an_arm_is_judged_against_the_same_without_pretraining(make):
     """Weights from elsewhere are not pretraining's merit."""
     arms = {
@@ -155,7 +175,7 @@ def test_a_failed_run_is_listed_and_its_pair_left_out(make):
     ]
     assert of(found["cells"], "scratch", 3)["runs"] == 2
     lost = make({**CLEAR, ("soco", 3): [12, "the loss became infinite", 13]})
-    assert "; 1 run of its own failed." in lost["answer"][0]
+    assert "; 1 run of soco failed." in lost["answer"][0]
     pairs = [ap_of(12) - ap_of(4), ap_of(13) - ap_of(5)]
     assert of(found["differences"], "soco", 3)["segm"]["mean"] == pytest.approx(np.mean(pairs))
 
@@ -170,7 +190,7 @@ def test_labels_are_worth_what_the_same_repeats_say(make):
 def test_an_arm_that_only_failed_is_in_the_answer(make):
     found = make({**CLEAR, ("soco", 3): ["the loss became infinite"] * 2})
     assert found["answer"][-1] == (
-        "soco with 3 labels: cannot tell yet. 2 runs of its own failed and none is finished: the "
+        "soco with 3 labels: cannot tell yet. 2 runs of soco failed and none is finished: the "
         "loss became infinite"
     )
 

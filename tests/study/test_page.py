@@ -30,9 +30,8 @@ def page(write_yaml, tmp_path):
                 outcome = left[task.arm, task.budget].pop(0)
                 outcomes[task] = {"device": "a CPU", **result_of(task, outcome, curve)}
                 results.add(outcomes[task])
-        seconds = {arm: {"pretraining": 2.0, "finetuning": 1.0} for arm in study.arms}
         found = findings(study, results, {"soco": 30.0})
-        path = write_study(study, results, found, outcomes, seconds, "tools/study.py")
+        path = write_study(study, results, found, outcomes, "tools/study.py")
         text = re.sub(r"<(style|img)[^>]*>(.*?</style>)?", "", open(path).read(), flags=re.S)
         return html.unescape(re.sub(r"<[^>]+>", " ", text))
 
@@ -62,7 +61,7 @@ def test_failures_are_shown_whatever_else_there_is(page):
     assert "Not one run is finished yet." in only
     assert "soco, 3 labels, subset 0, seed 0" in only and "the loss became infinite" in only
     beside = page({**CLEAR, ("soco", 3): ["the loss became infinite"] * 3})
-    assert "3 runs of its own failed and none is finished" in beside
+    assert "3 runs of soco failed and none is finished" in beside
 
 
 def test_a_curve_of_one_point_is_a_curve(page):
@@ -85,6 +84,11 @@ def test_each_arm_is_in_the_legend(monkeypatch):
     lines = {3: {"b": points, "d": []}, 6: {"b": points, "a": points}}
     assert plots.plot_panels(lines, ["a", "b", "c"], "x", "y")
     assert seen == ["a", "b"]
+
+
+def test_no_two_arms_look_alike():
+    names = [f"arm{i}" for i in range(14)]  # as configs/study/story.yaml has
+    assert len({tuple(look.values()) for look in plots.looks(names).values()}) == 14
 
 
 def test_the_readme_says_what_the_committed_study_does():

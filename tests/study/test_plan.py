@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from d2ssl.config import load_cfg
 from d2ssl.data.build import load_dicts
 from d2ssl.data.datasets import register_dataset
+from d2ssl.study.conduct import notes
 from d2ssl.study.plan import (
     Pretraining,
     Run,
@@ -129,6 +130,10 @@ def test_keys_change_with_what_an_outcome_follows_from_and_with_nothing_else(wri
     assert len(set(before)) == len(before)
     assert keys("elsewhere", ["DATALOADER.NUM_WORKERS", "3"]) == before
     assert not set(keys(opts=["SSL.TEMPERATURE", "0.3"])) >= set(before)
+    assert not set(keys(opts=["SSL.FINETUNE.FIT_PREDICTORS", "never"])) & set(
+        before
+    )  # hand-off, too
+    assert not set(keys(opts=["SSL.CALIBRATION_PHOTOS", "2"])) & set(before)
     other_lr = keys(opts=["SOLVER.BASE_LR", "0.01"])
     pretrainings = [i for i, t in enumerate(plan(read_study(write_yaml()), MATCHED))
                     if isinstance(t, Pretraining)]  # fmt: skip
@@ -246,6 +251,13 @@ def test_keys_follow_what_is_in_the_photos(write_yaml, tmp_path):
     assert changed_tasks == {task for task in before if "pretraining" not in task}
     register("val", rows["val"])
     assert keys() == before
+    classes = MetadataCatalog.get("balloon_demo_train").thing_classes
+    for named in (["kitten"], classes):  # of a detector, other predictors are kept
+        for name in rows:
+            MetadataCatalog.pop(f"balloon_demo_{name}")  # or it may not be named anew
+            register_dataset(f"balloon_demo_{name}", lambda d=rows[name]: d, thing_classes=named)
+        same = {*keys().values()} & {*before.values()}
+        assert same == ({*before.values()} if named == classes else set())
     corrected = copy.deepcopy(rows["train"])
     corrected[0]["annotations"][0]["bbox"][2] += 1
     register("train", corrected)
@@ -279,3 +291,12 @@ def test_pretraining_follows_what_its_proposals_are_made_of(write_yaml, tmp_path
     register_dataset("balloon_demo_train", lambda: rows, thing_classes=classes)
     assert key("grid") == searched
     assert key(str(file)) != from_file and key("annotations") != from_labels
+
+
+def test_an_arm_without_its_like_at_a_budget_is_told_of(write_yaml):
+    arms = {
+        "scratch": {"SSL.ENABLED": False, "BUDGETS": [6]},
+        "self": {"SSL.ENABLED": False, "SSL.SELF_TRAINING.ENABLED": True, "BUDGETS": [3, 6]},
+    }
+    found = notes(read_study(write_yaml(ARMS=arms)))
+    assert found[0] == "scratch is not for 3 labels, so self is compared with nothing there"

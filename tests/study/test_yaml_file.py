@@ -36,12 +36,16 @@ def test_an_override_reaches_all_arms_or_is_refused(write_yaml):
         read_study(write_yaml(ARMS=arms), ["SSL.SOLVER.MAX_ITER", "9"])
 
 
-def test_on_slurm_the_gpu_need_not_be_here(write_yaml):
+def test_on_slurm_the_gpu_need_not_be_here(write_yaml, tmp_path):
     devices = [
         read_study(write_yaml(), opts, elsewhere=elsewhere).arms["scratch"].cfg.MODEL.DEVICE
         for opts, elsewhere in (((), True), (("MODEL.DEVICE", "cpu"), True))
     ]
     assert devices == ["cuda", "cpu"]
+    base = tmp_path / "base.yaml"
+    base.write_text(f"_BASE_: {CONFIGS / 'demo.yaml'}\nMODEL: {{DEVICE: cpu}}\n")
+    on_cpu = read_study(write_yaml(CONFIG=str(base)), elsewhere=True)
+    assert on_cpu.arms["scratch"].cfg.MODEL.DEVICE == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -55,7 +59,18 @@ def test_on_slurm_the_gpu_need_not_be_here(write_yaml):
         ({"SUBSETS": ["frist"]}, 'SUBSETS frist: give seeds of 0 or more, or "first"'),
         ({"TRAIN": "balloon_demo_trian"}, "balloon_demo_trian"),
         ({"TRAIN": ""}, "TRAIN is missing"),
-        ({"TRAIN": "balloon_demo_val", "BUDGETS": [3], "DEV": 0}, "DATASETS.TEST is TRAIN"),
+        ({"TRAIN": "balloon_demo_val", "BUDGETS": [3], "DEV": 0}, "has the test photo"),
+        ({"COMMON": {"DATASETS.TEST": ["balloon_demo_train@-2"]}}, "TRAIN balloon_demo_train has"),
+        (
+            {"COMMON": {"SOLVER": {"MAX_ITER": 4}}},
+            "SOLVER: a study's keys are in one piece, SOLVER.",
+        ),
+        ({"COMMON": {3: 4}}, "key 3: give a config key"),
+        ({"COMMON": {"SOLVER.MAX_ITER": 0}}, "SOLVER.MAX_ITER"),
+        (
+            {"ARMS": {"x": {}, "scratch": {"SSL.ENABLED": False, "DATASETS.TEST": []}}},
+            "must be one",
+        ),
         ({"ARMS": {"scratch": {"SSL.ENABLED": False, "SEED": 3}}}, "SEED is set by SEEDS"),
         ({"ARMS": {"scratch": {"SSL.ENABLD": False}}}, "arm scratch: config key SSL.ENABLD"),
         ({"ARMS": {"scratch": {"FROM": "scratch"}}}, "arm scratch is FROM scratch"),
@@ -84,7 +99,7 @@ def test_on_slurm_the_gpu_need_not_be_here(write_yaml):
                     "x": {"SSL.DATASETS": ["balloon_demo_val"]},
                 }
             },
-            "arm x: SSL.DATASETS has the test photos, balloon_demo_val",
+            "arm x: SSL.DATASETS has the test photo ",
         ),
         (
             {"ARMS": {"scratch": {"SSL.ENABLED": False}, "x": {"COMPUTE_MATCHED": "scratch"}}},
@@ -128,6 +143,10 @@ def test_an_override_that_is_none(write_yaml):
         read_study(write_yaml(), ["SEEDZ", "3"])
     with pytest.raises(D2SSLError, match="no such file"):
         read_study("nowhere.yaml")
+    with pytest.raises(
+        D2SSLError, match="BUDGETS 8: give a list"
+    ):  # whatever is given in its place
+        read_study(write_yaml(BUDGETS=8), ["BUDGETS", "[8]"])
 
 
 def test_the_studies_in_configs(write_yaml, tmp_path, monkeypatch):
