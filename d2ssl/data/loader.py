@@ -1,10 +1,11 @@
 """Batches decided by (seed, iteration, slot) alone.
 
-Detectron2's ``TrainingSampler`` restarts its stream on resume, its augmentations depend on the
-number of workers, and one photo can meet itself in a batch. Here position ``iteration * batch +
-slot`` of an endless stream decides the photo and its random state, so that a resumed run
-continues exactly, any number of workers or processes gives the same batches, and a batch may
-exceed the data set.
+Detectron2's ``TrainingSampler`` restarts its stream on resume, and its augmentations depend on the
+number of workers. Here position ``iteration * batch + slot`` of an endless stream decides the photo
+and its random state, so that a resumed run continues exactly, any number of workers or processes
+gives the same batches, and a batch may exceed the data set. As in stock, one photo can meet itself
+in a batch that straddles two passes (13 % of them at 61 photos and batch 16): losses mask it by its
+index.
 """
 
 import contextlib

@@ -54,11 +54,9 @@ def solarize(image: np.ndarray) -> np.ndarray:
     return cv2.LUT(image, np.where(values >= 128, 255 - values, values))
 
 
-def shift_planes(image: np.ndarray, offsets: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Put the colour planes in another order and add to each its own offset (of 255)."""
-    mix = np.zeros((3, 4), dtype=np.float32)
-    mix[np.arange(3), order] = 1
-    mix[:, 3] = offsets
+def shift_planes(image: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Add to each colour plane its own offset (of 255)."""
+    mix = np.column_stack([np.eye(3), offsets]).astype(np.float32)
     return cv2.transform(image, mix)
 
 
@@ -105,11 +103,10 @@ class RandomBlur(T.Augmentation):
 class PlaneShift(T.Augmentation):
     """Each colour plane moves by its own offset U(-strength, strength) * 255."""
 
-    def __init__(self, strength: float, permute: bool = False):
+    def __init__(self, strength: float):
         super().__init__()
         self._init(locals())
 
     def get_transform(self, image):
         offsets = np.random.uniform(-self.strength, self.strength, 3) * 255
-        order = np.random.permutation(3) if self.permute else np.arange(3)
-        return T.ColorTransform(partial(shift_planes, offsets=offsets, order=order))
+        return T.ColorTransform(partial(shift_planes, offsets=offsets))

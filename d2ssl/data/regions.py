@@ -94,13 +94,16 @@ def kmeans_regions(image: np.ndarray, num: int, compactness: float = 20.0) -> np
     grid = cv2.resize(
         grid_regions(height, width, num), (width, height), interpolation=cv2.INTER_NEAREST
     )
-    start = _renumbered(grid).astype(np.int32).reshape(-1, 1)
+    start = _renumbered(grid)
+    if not start.any():  # OpenCV refuses to cluster a single pixel
+        return start
     lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     place = np.indices((height, width)) * compactness / np.sqrt(height * width / num)
     pixels = np.dstack([lab, *place]).astype(np.float32).reshape(-1, 5)
     stop = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 20, 0.1)
+    labels = start.astype(np.int32).reshape(-1, 1)
     _, labels, _ = cv2.kmeans(
-        pixels, int(start.max()) + 1, start, stop, 1, cv2.KMEANS_USE_INITIAL_LABELS
+        pixels, int(start.max()) + 1, labels, stop, 1, cv2.KMEANS_USE_INITIAL_LABELS
     )
     return labels.reshape(height, width).astype(np.uint8)
 

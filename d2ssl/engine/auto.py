@@ -6,7 +6,7 @@ import math
 from d2ssl.config import AUTO, AUTO_KEYS, get_key, set_key
 from d2ssl.data.build import count_photos
 from d2ssl.errors import D2SSLError
-from d2ssl.modeling.methods import method_class
+from d2ssl.modeling.methods import PRETEXT_REGISTRY, method_class
 
 logger = logging.getLogger("d2ssl")
 
@@ -28,11 +28,14 @@ def resolve_auto(cfg):
       several, no more than memory holds (MOST_SIMILARITIES). 61 photos: 32.
 
     Raises:
-        D2SSLError: an unknown method, or a queue for more photos than there are.
+        D2SSLError: an unknown method, one that learns nothing from a single photo where there is
+            one, or a queue for more photos than there are.
     """
     if not cfg.SSL.ENABLED:
         return cfg
-    photos = count_photos(cfg.SSL.DATASETS)
+    photos, method = count_photos(cfg.SSL.DATASETS), method_class(cfg)
+    if photos == 1:
+        _require_enough_with_one(cfg)
     resolved = cfg.clone()
     resolved.defrost()
 
@@ -48,7 +51,7 @@ def resolve_auto(cfg):
     fill("SSL.SOLVER.BASE_LR", lr_at_16 * math.sqrt(batch / 16))
     horizon = min(1000, max(100, 25 * photos / batch))  # iterations
     fill("SSL.MOMENTUM", 1 - 1 / horizon)
-    cost = method_class(resolved).queue_cost(resolved) * batch
+    cost = method.queue_cost(resolved) * batch
     most = min(65536, photos, power_of_two_in(MOST_SIMILARITIES / max(cost, 1)))
     fill("SSL.QUEUE.SIZE", min(most, max(batch, power_of_two(photos / 2))))
     if cost and resolved.SSL.QUEUE.SIZE > photos:
@@ -59,6 +62,17 @@ def resolve_auto(cfg):
     assert not any(get_key(resolved, key) == AUTO for key in AUTO_KEYS)
     resolved.freeze()
     return resolved
+
+
+def _require_enough_with_one(cfg) -> None:
+    alone = [name for name, method in PRETEXT_REGISTRY if not method.needs_others]
+    names = [name for name, _ in cfg.SSL.METHODS] or [cfg.SSL.METHOD]
+    for name in names:
+        if name not in alone:
+            raise D2SSLError(
+                f"{name} learns by telling photos apart, and SSL.DATASETS has a single one; add "
+                f"photos, or choose from {', '.join(sorted(alone))}"
+            )
 
 
 def power_of_two(value: float) -> int:

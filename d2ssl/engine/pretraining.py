@@ -49,9 +49,12 @@ class PretrainTrainer(Trainer):
         model.reset_twins()
 
     def _encode_all(self, batch) -> None:
-        """Every view through all of the trunk that learns; nothing of the method's own moves."""
-        for view in self.module.see(batch):
-            view.online.pyramid
+        """What the method is trained on, through all of the trunk that learns; nothing of the
+        method's own moves."""
+        views = self.module.see(batch)
+        for encoding in self.module.method.encodings(views):
+            encoding.pyramid
+        for view in views:
             if view.boxes is not None:
                 view.online.box_features(view.boxes)
 

@@ -216,6 +216,9 @@ def recalibrate(model: nn.Module, run: Callable, batches: list) -> None:
     model.train()
     runner = _Runner(model, run)
     update_bn_stats(runner, batches, num_iters=len(batches))
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.running_var.clamp_(min=0)  # E[x^2] - E[x]^2 in fp32 may fall below
     model.train(training)
 
 

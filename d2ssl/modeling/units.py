@@ -63,7 +63,12 @@ class LevelUnits(Units):
 
     @classmethod
     def from_config(cls, cfg, trunk: Trunk):
-        return cls(level_channels(trunk, cfg.SSL.LEVELS))
+        return cls(level_channels(trunk, cfg.SSL.LEVELS), **cls.options(cfg))
+
+    @classmethod
+    def options(cls, cfg) -> Dict:
+        """What a kind is built with besides channels."""
+        return {}
 
 
 class WholeImage(LevelUnits):
@@ -107,9 +112,8 @@ class Cells(LevelUnits):
         self.grid, self.radius = grid, radius
 
     @classmethod
-    def from_config(cls, cfg, trunk):
-        cells = cfg.SSL.CELLS
-        return cls(level_channels(trunk, cfg.SSL.LEVELS), cells.GRID, cells.RADIUS)
+    def options(cls, cfg):
+        return {"grid": cfg.SSL.CELLS.GRID, "radius": cfg.SSL.CELLS.RADIUS}
 
     @classmethod
     def count(cls, cfg):
@@ -187,8 +191,8 @@ class Regions(LevelUnits):
         self.num = num
 
     @classmethod
-    def from_config(cls, cfg, trunk):
-        return cls(level_channels(trunk, cfg.SSL.LEVELS), cfg.SSL.REGIONS.NUM)
+    def options(cls, cfg):
+        return {"num": cfg.SSL.REGIONS.NUM}
 
     @classmethod
     def count(cls, cfg):

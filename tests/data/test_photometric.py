@@ -76,11 +76,9 @@ def test_blur_has_the_stated_sigma_and_keeps_the_mean(sigma):
 
 def test_planes_move_each_on_its_own_and_stay_in_range(image):
     offsets = np.array([10.0, -30.0, 100.0])
-    result = P.shift_planes(image, offsets, np.arange(3))
+    result = P.shift_planes(image, offsets)
     assert result.dtype == np.uint8
     assert np.abs(result - (image.astype(float) + offsets).clip(0, 255)).max() <= 0.01
-    swapped = P.shift_planes(image, np.zeros(3), np.array([2, 0, 1]))
-    assert np.array_equal(swapped, image[..., [2, 0, 1]])
 
 
 def test_no_operation_changes_its_input(image):
@@ -121,11 +119,10 @@ def test_random_blur_and_plane_shift_draw_their_ranges(image):
     np.random.seed(0)
     sigmas = [P.RandomBlur(0.1, 2.0).get_transform(image).op.keywords["sigma"] for _ in range(200)]
     assert 0.1 <= min(sigmas) < 0.2 and 1.9 < max(sigmas) <= 2.0
-    shifts = [P.PlaneShift(0.2, True).get_transform(image).op.keywords for _ in range(200)]
+    shifts = [P.PlaneShift(0.2).get_transform(image).op.keywords for _ in range(200)]
     offsets = np.array([s["offsets"] for s in shifts])
     assert np.abs(offsets).max() <= 51 and np.abs(offsets).max(0).min() > 45
     assert np.abs(np.corrcoef(offsets.T)[0, 1]) < 0.3  # the planes do not move together
-    assert len({tuple(s["order"]) for s in shifts}) == 6
 
 
 def test_coordinates_stay(image):

@@ -110,7 +110,7 @@ def test_kmeans_divides_a_blank_photo_by_place_and_is_not_random():
 
 
 @pytest.mark.parametrize("find", [superpixels, kmeans_regions])
-@pytest.mark.parametrize("shape", [(90, 128), (1, 50), (3, 2)])
+@pytest.mark.parametrize("shape", [(90, 128), (1, 50), (3, 2), (1, 1)])
 def test_odd_sizes_and_noise_keep_to_the_number(find, shape):
     noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     for num in (1, 7, 256):

@@ -99,6 +99,23 @@ def test_a_queue_larger_than_the_set_is_one_line(resolve):
     assert resolve(61, "SSL.QUEUE.SIZE", "62", "SSL.METHOD", "SoCo")[3] == 62  # it has none
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_one_photo_is_not_told_from_others(resolve, several):
+    def run(name, photos=1):
+        opts = ["SSL.METHODS", f'[["SoCo", 1.0], ["{name}", 1.0]]'] if several else []
+        return resolve(photos, *(opts or ["SSL.METHOD", name]))
+
+    for name in ("SimCLR", "MoCo", "DenseCL", "PLMoCoPlus"):
+        with pytest.raises(D2SSLError, match=f"^{name} learns by .* SSL.DATASETS") as error:
+            run(name)
+        alone = str(error.value).partition("choose from ")[2].split(", ")
+        assert name not in alone and {"SoCo", "DetCon", "RLMoCo", "Inpainting"} < set(alone)
+        assert "\n" not in str(error.value)
+        run(name, photos=2)
+    for name in ("BYOL", "PLMoCo", "Colorization"):
+        run(name)
+
+
 def test_what_was_filled_in_is_logged(resolve, caplog):
     caplog.set_level("INFO", "d2ssl")
     resolve(61, "SSL.MOMENTUM", "0.9")

@@ -28,10 +28,12 @@ def test_loss_is_the_weighted_sum_of_the_members_run_alone(model_and_batch, tiny
         if alone.method.uses_twin:
             alone.trunk_twin.load_state_dict(model.trunk_twin.state_dict())
         alone.method.load_state_dict(member.state_dict())
+        torch.manual_seed(0)  # the same cells enter PLMoCo's queue
         for part, loss in alone(batch).items():
             expected[f"loss_{name.lower()}_{part.removeprefix('loss_')}"] = weight * loss
         low += weight * alone.method.loss_range[0]
         high += weight * alone.method.loss_range[1]
+    torch.manual_seed(0)
     losses = model(batch)
     assert losses.keys() == expected.keys() and len(losses) == 4
     torch.testing.assert_close(losses, expected)
@@ -97,4 +99,4 @@ def test_learns(train):
     """Falls by more than any one member could alone, while all of them keep their spread."""
     members = ["BYOL", 1.0], ["PLMoCo", 0.5]
     trainer, losses = train("SoCo", *several(*members))
-    assert_learns(trainer, losses, fall=0.5)
+    assert_learns(trainer, losses, fall=0.5, spread=0.2)

@@ -37,6 +37,14 @@ def test_resume_is_exact_and_hands_off(tiny_cfg, tmp_path, case):
     assert any(name.startswith("backbone.bottom_up.res2") for name in record["model"])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_one_photo_is_enough_where_no_others_are_needed(model_and_batch, name):
+    """A loss without negatives is 0, whatever the network makes of the photo."""
+    model, batch = model_and_batch(name)
+    losses = model([{**item, "index": 0} for item in batch]).values()
+    assert any(loss == 0 for loss in losses) == PRETEXT_REGISTRY.get(name).needs_others
+
+
 # One of each kind: rows gathered with gradient and without, norms with and without weights, labels,
 # geometry, a decoder, several at once.
 SHARED = ["DetCon", "DenseCL", "SimSiam", "PixPro", "Inpainting", "several"]

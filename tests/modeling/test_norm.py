@@ -112,6 +112,13 @@ def test_recalibrate_recovers_population_statistics(images):
     torch.testing.assert_close(net[0].running_var, images.var((0, 2, 3)), rtol=2e-2, atol=0)
 
 
+def test_no_recalibrated_variance_is_negative():
+    x = 1000 + 0.01 * torch.randn(8, 64, 4, 4, generator=torch.Generator().manual_seed(0))
+    norm_layer = nn.BatchNorm2d(64)
+    norm.recalibrate(norm_layer, norm_layer, list(x.split(2)))
+    assert (norm_layer.running_var >= 0).all()
+
+
 def test_random_frozen_norms_are_refused_until_measured(images):
     net = nn.Sequential(nn.Conv2d(8, 8, 1), FrozenBatchNorm2d(8))
     with pytest.raises(D2SSLError, match="mean 0 and variance 1"):

@@ -2,6 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from tests.modeling.conftest import assert_learns
 from tests.modeling.test_moco import moco_loss
@@ -15,6 +16,7 @@ from tests.modeling.written_out import (
     maps_of,
     mean_of,
     out_of_sight,
+    rows_to_be_sent,
     through,
     unit,
 )
@@ -22,16 +24,17 @@ from tests.modeling.written_out import (
 KEYS = ["SSL.QUEUE.KEYS_PER_PHOTO", "4"]
 
 
-def plmoco_loss(model, method, batch, queue, size, temperature):
+def plmoco_loss(model, method, batch, queue, size, temperature, sent):
     """A cell, the one nearest to it, and as negatives what lies elsewhere in the photo and the
-    queue's cells of other photos; ``queue``, a list of (photo, key), is moved on."""
+    queue's cells of other photos; ``queue``, a list of (photo, key), is moved on by the rows that
+    are ``sent``."""
     query, key = (
         [unit(through(head, cell_rows(maps_of(model, batch, v, twin)))) for v in (0, 1)]
         for head, twin in ((method.projector, False), (method.projector_twin, True))
     )
     photos = [item["index"] for item in batch]
-    spaced = [(p, k[r]) for p, k in zip(photos, key[1]) for r in (0, 17, 34, 51)]
-    queue[:] = [*queue, *spaced][-4 * size :]
+    new = [(p, k[r]) for p, k in zip(photos, key[1]) for r in sent]
+    queue[:] = [*queue, *new][-len(sent) * size :]
     losses = []
     for way, n in itertools.product(WAYS, range(len(batch))):
         q, k, item = query[way[0]][n], key[way[1]][n], batch[n]
@@ -51,8 +54,20 @@ def test_loss_equals_the_definition_written_out(model_and_batch):
     second = [*first[1:], out_of_sight(first[0])]
     queue = []
     for batch in (first, second):
-        expected = plmoco_loss(model, model.method, batch, queue, size=6, temperature=0.2)
+        expected = plmoco_loss(model, model.method, batch, queue, 6, 0.2, rows_to_be_sent(52, 4))
         assert model(batch)["loss_contrast"].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_rows_of_all_places_enter_the_queue_each_as_often(model_and_batch):
+    model, batch = model_and_batch("PLMoCo", *GRID, *KEYS)
+    view = model.see(batch)[1]
+    rows = torch.arange(52.0).expand(4, 52)[..., None]
+    sent = [model.method.enqueued(rows, view) for _ in range(1000)]
+    assert all(present.all() for _, present in sent)
+    sent = torch.stack([keys[..., 0] for keys, _ in sent]).long()  # times x photos x 4
+    assert all(len(set(keys)) == 4 for keys in sent[:, 0].tolist())
+    counts = sent[:, 0].flatten().bincount(minlength=52)
+    assert len(counts) == 52 and 40 < counts.min() and counts.max() < 120  # 77 each
 
 
 def test_only_the_nearest_is_positive(model_and_batch):
@@ -64,11 +79,11 @@ def test_only_the_nearest_is_positive(model_and_batch):
 
 
 def test_plus_is_the_mean_of_both(model_and_batch):
-    model, batch = model_and_batch("PLMoCoPlus", *GRID, *KEYS)
+    model, batch = model_and_batch("PLMoCoPlus", *GRID, "SSL.QUEUE.KEYS_PER_PHOTO", "52")
     whole, cells = model.method.methods
     expected = [
         moco_loss(model, whole, batch, [], size=4, temperature=0.2) / 2,
-        plmoco_loss(model, cells, batch, [], size=4, temperature=0.2) / 2,
+        plmoco_loss(model, cells, batch, [], 4, 0.2, range(52)) / 2,
     ]
     assert [v.item() for v in model(batch).values()] == pytest.approx(expected, abs=1e-4)
 

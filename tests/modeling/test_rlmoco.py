@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from d2ssl.engine.hooks import spread
 from tests.modeling.conftest import assert_learns
+from tests.modeling.written_out import rows_to_be_sent
 
 ONE_WAY = ["SSL.QUEUE.SYMMETRIC", "False"]  # MoCo's and PLMoCo's tests have both ways
 LEVELS, NUM, TEMPERATURE = ("p2", "p3", "p4", "p5"), 16, 0.2
@@ -67,6 +68,7 @@ def test_loss_equals_the_definition_written_out(model_and_batch):
     batch = [*earlier[:3], seen_again(earlier[1])]
     queue, method = [], model.method  # of (unit vector, photo), the oldest first
     for items in (earlier, batch):
+        sent = rows_to_be_sent(64, 8)
         loss = model(items)["loss_contrast"].item()
         first, second = (torch.stack([x["regions"][v] for x in items]).numpy() for v in (0, 1))
         with torch.no_grad():
@@ -75,10 +77,9 @@ def test_loss_equals_the_definition_written_out(model_and_batch):
         query, shown_a = region_means(online, first)
         key, shown_b = region_means(momentum, second)
         query, key = unit_rows(method.projector, query), unit_rows(method.projector_twin, key)
-        spaced = [round(k * 63 / 7) for k in range(8)]  # 8 keys a photo
         queue += [
             (key[n, r], x["index"]) if shown_b[n, r] else None
-            for n, x in enumerate(items) for r in spaced
+            for n, x in enumerate(items) for r in sent
         ]  # fmt: skip
     assert len(queue) == 64 and None in queue
 
@@ -97,7 +98,8 @@ def test_loss_equals_the_definition_written_out(model_and_batch):
 
 def test_regions_that_a_view_does_not_show_take_no_part(model_and_batch):
     """Labels that no cell has change nothing, nor does a region that only one view shows."""
-    model, batch = model_and_batch("RLMoCo", *ONE_WAY, "SSL.LEVELS", "['p2']")
+    options = [*ONE_WAY, "SSL.LEVELS", "['p2']", "SSL.QUEUE.KEYS_PER_PHOTO", "16"]
+    model, batch = model_and_batch("RLMoCo", *options)
     for item in batch:
         item["regions"] = [torch.zeros_like(r) for r in item["regions"]]
         item["regions"][1][:8] = 5  # the first view has region 0 only
@@ -108,9 +110,8 @@ def test_regions_that_a_view_does_not_show_take_no_part(model_and_batch):
         positive = F.cosine_similarity(query[:, 0], key[:, 0])
         rival = F.cosine_similarity(query[:, 0], key[:, 5])
         loss = model(batch)["loss_contrast"]
-    # Of a photo's 8 evenly spaced keys of 16 regions, 0, 2, 4, 6, 9, ...: region 0 is in the queue.
     held = method.queue.photos >= 0
-    assert held.sum() == 4
+    assert held.sum() == 8  # of each photo's 16 regions the two that are there
     others = [
         [F.cosine_similarity(q, k, dim=0) for k, photo in
          zip(method.queue.keys[held], method.queue.photos[held]) if photo != item["index"]]

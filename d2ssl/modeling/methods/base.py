@@ -32,11 +32,13 @@ class PretextMethod(nn.Module):
         embedding: the rows that were last compared, N x D, for the collapse meter; None where
             nothing can collapse.
         loss_range: least and largest value that the sum of the losses can take.
+        needs_others: it learns only by telling a photo from others; from one alone, nothing.
     """
 
     kind: type = WholeImage  # of units
     view_pairs: Sequence[Tuple[int, int]] = ((0, 1),)
     uses_twin: bool = False
+    needs_others: bool = False
     loss_range: Tuple[float, float]
 
     def __init__(self, *, views: Sequence[View], units: Units):
@@ -77,6 +79,11 @@ class PretextMethod(nn.Module):
             views: a :class:`~d2ssl.modeling.pretext_model.ViewBatch` for each of ``self.views``.
         """
         raise NotImplementedError
+
+    def encodings(self, views) -> List:
+        """Every :class:`~d2ssl.modeling.pretext_model.Encoding` by the trunk that learns that the
+        losses are taken on: what its norms will see."""
+        return [view.online for view in views]
 
     def pictures(self, views) -> List[Tuple[str, torch.Tensor]]:
         """What to look at of the views: captions, and for each N x 3 x S x S uint8 in the config's

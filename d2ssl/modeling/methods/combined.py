@@ -55,6 +55,9 @@ class Combined(PretextMethod):
                 losses[f"loss_{name}_{part.removeprefix('loss_')}"] = weight * loss
         return losses
 
+    def encodings(self, views):
+        return [encoding for method in self.methods for encoding in method.encodings(views)]
+
     def pictures(self, views):
         # By caption: the original is shown once.
         return list({name: x for m in self.methods for name, x in m.pictures(views)}.items())

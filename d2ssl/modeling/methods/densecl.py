@@ -44,3 +44,4 @@ class DenseCL(Combined):
     """MoCo on whole photos and on cells, half each (eq. 5 with lambda 0.5)."""
 
     members = (("MoCo", 0.5), ("DenseMoCo", 0.5))
+    needs_others = True

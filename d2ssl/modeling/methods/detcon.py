@@ -14,3 +14,4 @@ class DetCon(SimCLR):
     """
 
     kind = Regions
+    needs_others = False  # a photo's other regions are negatives, too

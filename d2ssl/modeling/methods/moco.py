@@ -6,6 +6,7 @@ from lightly.models.modules.heads import MoCoProjectionHead
 from torch.nn import functional as F
 
 from d2ssl.losses.contrastive import cosines, info_nce_bound, info_nce_loss
+from d2ssl.modeling.gather import gather_rows
 from d2ssl.modeling.methods.base import PRETEXT_REGISTRY, PretextMethod
 from d2ssl.modeling.queue import KeyQueue
 
@@ -27,6 +28,7 @@ class MoCo(PretextMethod):
     """
 
     uses_twin = True
+    needs_others = True
 
     @configurable
     def __init__(
@@ -86,8 +88,9 @@ class MoCo(PretextMethod):
 
     def enqueued(self, key, view):
         """What of a view's keys (N x R x D) enters the queue, N x keys_per_photo x D, and which of
-        it is there, N x keys_per_photo bool: here evenly spaced rows."""
-        last = key.shape[1] - 1
-        chosen = torch.linspace(0, last, self.keys_per_photo, device=key.device).round().long()
+        it is there, N x keys_per_photo bool: here rows drawn anew each time, so that negatives
+        come from every place and level; the same of all photos, and in all processes."""
+        drawn = torch.randperm(key.shape[1], device=key.device)[: self.keys_per_photo]
+        chosen = gather_rows(drawn)[: len(drawn)]  # the first process's
         present = self.units.present(view).expand(key.shape[:2])
         return key[:, chosen], present[:, chosen]

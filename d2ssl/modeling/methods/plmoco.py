@@ -15,6 +15,7 @@ class PLMoCo(MoCo):
     """
 
     kind = NearestCells
+    needs_others = False  # a photo's own places are negatives, too
 
 
 @PRETEXT_REGISTRY.register()
@@ -22,3 +23,4 @@ class PLMoCoPlus(Combined):
     """The mean of MoCo's and PLMoCo's losses."""
 
     members = (("MoCo", 0.5), ("PLMoCo", 0.5))
+    needs_others = True  # half of it

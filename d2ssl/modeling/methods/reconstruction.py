@@ -54,6 +54,9 @@ class Reconstruction(PretextMethod):
         """The picture that a prediction makes, N x 3 x S x S in 0..255, colour order as above."""
         raise NotImplementedError
 
+    def encodings(self, views):
+        return [views[0].encode(self.pose(views[0])[0])]
+
     def forward(self, views):
         view = views[0]
         given, target, counts = self.pose(view)

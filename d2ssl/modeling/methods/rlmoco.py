@@ -14,3 +14,4 @@ class RLMoCo(MoCo):
     """
 
     kind = Regions
+    needs_others = False  # a photo's other regions are negatives, too

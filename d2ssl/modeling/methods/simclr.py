@@ -17,6 +17,8 @@ class SimCLR(PretextMethod):
     Eq. 1 and algorithm 1. Another copy of the same photo in the batch is no negative.
     """
 
+    needs_others = True
+
     @configurable
     def __init__(self, *, hidden_dim, out_dim, temperature: float, batch_rows: int, **kwargs):
         super().__init__(**kwargs)
