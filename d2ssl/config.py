@@ -37,6 +37,87 @@ BATCH_NORMS = ("FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN")
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "ClassBalancedSampler")
 DETECTRON2_LR_AT_16 = 0.02  # photos a batch, in its baselines; others in proportion
 STUDY_KEYS = ("CONFIG", "COMMON", "BUDGETS", "ARMS")  # of another kind of yaml
+SOLVERS = ("SOLVER", "SSL.SOLVER")
+PARTS = ("STEM", "RES2", "RES3", "RES4", "RES5", "FPN", "RPN", "BOX_HEAD", "MASK_HEAD", "OTHER")
+
+CHOICES = {  # of a value, or of each of its values
+    "INPUT.FORMAT": ("BGR", "RGB"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    **{f"{node}.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR") for node in SOLVERS},
+    **{f"{node}.WARMUP_METHOD": ("linear", "constant") for node in SOLVERS},
+    **{f"SSL.{node}.OPTIMIZER": ("SGD", "LARS", "AdamW") for node in ("SOLVER", "FINETUNE")},
+    "SSL.LEVELS": LEVELS,
+    "SSL.TRAIN": PRETRAIN_PARTS,
+    "SSL.PRECISION": ("bf16", "fp32"),
+    "SSL.REGIONS.SOURCE": REGION_SOURCES,
+    "SSL.COLORIZATION.TARGET": ("ab", "rgb"),
+    "SSL.FINETUNE.CALIBRATE_NORMS": ("auto", "always", "never"),
+    "SSL.FINETUNE.FIT_PREDICTORS": ("auto", "never"),
+    "SSL.FINETUNE.FROZEN_PARTS": PARTS,
+}
+
+
+def _names(values) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _shares(values) -> bool:
+    return all(0 < value < 1 for value in values)
+
+
+# key -> (whether a value will do, what to give instead); a TypeError or ValueError: it won't.
+VALUES = {
+    "MODEL.DEVICE": (lambda v: re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", v), "cpu or cuda"),
+    "INPUT.MIN_SIZE_TRAIN": (lambda v: min(v) >= 0, "short sides in pixels, e.g. (640, 800)"),
+    **{
+        key: (_names, "names")
+        for key in ("DATASETS.TRAIN", "DATASETS.TEST", "SSL.DATASETS", "SSL.REGISTER")
+    },
+    **{f"{node}.MAX_ITER": (lambda v: v >= 1, "1 or more") for node in SOLVERS},
+    **{f"{node}.WARMUP_ITERS": (lambda v: v >= 0, "0 or more") for node in SOLVERS},
+    **{
+        f"{node}.STEPS": (
+            lambda v: all(a < b for a, b in zip((0, *v), v)),
+            "rising iterations above 0, e.g. (600, 800)",
+        )
+        for node in SOLVERS
+    },
+    "SOLVER.BASE_LR": (lambda v: 0 < v < math.inf, "a number above 0"),
+    "SSL.INPUT.CROP_SCALE": (
+        lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
+        "the least and the most, e.g. (0.5, 1.0)",
+    ),
+    "SSL.INPUT.COLOR_JITTER": (
+        lambda v: len(v) == 4 and min(v) >= 0 and v[3] <= 0.5,
+        "brightness, contrast, saturation and hue, up to 0.5, e.g. (0.4, 0.4, 0.2, 0.1)",
+    ),
+    "SSL.CALIBRATION_PHOTOS": (lambda v: v >= 2, "2 or more"),
+    "SSL.REGIONS.NUM": (lambda v: 1 <= v <= 256, "1 to 256"),
+    "SSL.HOLES.SHARE": (lambda v: 0 < v <= 1, "a share of the view, above 0 and up to 1"),
+    "SSL.HOLES.SIZE": (lambda v: 0 < v <= 1, "a share of the view's side, above 0 and up to 1"),
+    "SSL.SOCO.NUM_BOXES": (lambda v: v >= 1, "1 or more"),
+    "SSL.SELF_TRAINING.AT": (lambda v: v and _shares(v), "shares between 0 and 1, e.g. (0.5,)"),
+    "SSL.SELF_TRAINING.LABELED": (lambda v: _shares([v]), "a share between 0 and 1, e.g. 0.5"),
+    "SSL.SELF_TRAINING.SCALES": (
+        lambda v: all(0 < x < math.inf for x in v),
+        "multiples of the test size, e.g. (0.8, 1.0)",
+    ),
+    **{
+        f"SSL.{key}": (lambda v: 0 <= v <= 1, "a share of photos, 0 to 1")
+        for key in ("FINETUNE.COPY_PASTE", "FINETUNE.STRONG", "SELF_TRAINING.STRONG")
+    },
+    "SSL.FINETUNE.EMA_DECAY": (lambda v: 0 <= v <= 1, "0 to 1, e.g. 0.998"),
+    "SSL.FINETUNE.SCALE_JITTER": (
+        lambda v: not v or len(v) == 2 and 0 < v[0] <= v[1] < math.inf,
+        "the range of the factor, e.g. (0.1, 2.0)",
+    ),
+    CLASSES: (
+        lambda v: (
+            v in ("", "coco") or not isinstance(v, str) and _names(v) and len(set(v)) == len(v)
+        ),
+        '"coco", or the names in their order, ("cat", "dog")',
+    ),
+}
 
 
 def add_ssl_config(cfg: CN) -> None:
@@ -135,12 +216,7 @@ def add_ssl_config(cfg: CN) -> None:
     ssl.FINETUNE = CN()
     ssl.FINETUNE.OPTIMIZER = "SGD"
     ssl.FINETUNE.LR_FLOOR = 0.0
-    ssl.FINETUNE.LR_FACTOR = CN(
-        {
-            "STEM": 1.0, "RES2": 1.0, "RES3": 1.0, "RES4": 1.0, "RES5": 1.0,
-            "FPN": 1.0, "RPN": 1.0, "BOX_HEAD": 1.0, "MASK_HEAD": 1.0, "OTHER": 1.0,
-        }
-    )  # fmt: skip
+    ssl.FINETUNE.LR_FACTOR = CN(dict.fromkeys(PARTS, 1.0))
     ssl.FINETUNE.FROZEN_PARTS = ()  # e.g. ("STEM", "RES2", "FPN"); needs UNFREEZE_ITER
     ssl.FINETUNE.UNFREEZE_ITER = 0  # they train from this iteration on
     ssl.FINETUNE.CALIBRATE_NORMS = "auto"  # "auto": from random weights; "always"; "never"
@@ -179,10 +255,18 @@ def load_cfg(config_file: str = "", opts=()) -> CN:
         if config_file:
             with _any_type(cfg):
                 cfg.merge_from_file(config_file)
+        known = set(_all_keys(cfg))
+        for key in opts[::2]:
+            if key not in known:
+                raise KeyError(f"Non-existent key: {key}")
         with _any_type(cfg):
             cfg.merge_from_list(list(opts))
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         raise D2SSLError(_explain(cfg, error)) from None
+    except (TypeError, AttributeError):  # what Detectron2 makes of a yaml that has no keys
+        raise D2SSLError(
+            f"--config-file {config_file}: no config; give a yaml of keys and values, see configs/"
+        ) from None
     if cfg.SEED < 0:
         cfg.SEED = 0  # an exact resume needs a seed
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
@@ -271,6 +355,15 @@ def _check(cfg: CN) -> None:
     def one_of(key: str, value, choices) -> None:
         require(value in choices, f"{key} {value}: choose from {', '.join(map(str, choices))}")
 
+    for key, choices in CHOICES.items():
+        value = get_key(cfg, key)
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            one_of(key, one, choices)
+    for key, (test, what) in VALUES.items():
+        value, fits = get_key(cfg, key), False
+        with contextlib.suppress(TypeError, ValueError):
+            fits = test(value)
+        require(fits, f"{key} {value}: give {what}")
     for key in AUTO_KEYS:
         value, what = get_key(cfg, key), AUTO_KEYS[key]
         fits = {
@@ -284,19 +377,14 @@ def _check(cfg: CN) -> None:
         f'SSL.METHODS {ssl.METHODS}: write pairs, [["SoCo", 1.0], ["Colorization", 5.0]]',
     )
     one_of("SSL.FPN_NORM", ssl.FPN_NORM or '""', ('""', "BN"))
-    for level in ssl.LEVELS:
-        one_of("SSL.LEVELS", level, LEVELS)
-    proposals, num = ssl.PROPOSALS.SOURCE, ssl.REGIONS.NUM
-    if not proposals.endswith(".json"):
-        one_of("SSL.PROPOSALS.SOURCE", proposals, (*PROPOSAL_SOURCES, "a .json file"))
-    require(1 <= num <= 256, f"SSL.REGIONS.NUM {num}: give 1 to 256")
-    one_of("SSL.REGIONS.SOURCE", ssl.REGIONS.SOURCE, REGION_SOURCES)
-    one_of("SSL.COLORIZATION.TARGET", ssl.COLORIZATION.TARGET, ("ab", "rgb"))
-    one_of("SSL.PRECISION", ssl.PRECISION, ("bf16", "fp32"))
-    for key in ("SOLVER", "FINETUNE"):
-        one_of(f"SSL.{key}.OPTIMIZER", ssl[key].OPTIMIZER, ("SGD", "LARS", "AdamW"))
-    for part in ssl.TRAIN:
-        one_of("SSL.TRAIN", part, PRETRAIN_PARTS)
+    proposals = ssl.PROPOSALS
+    if not proposals.SOURCE.endswith(".json"):
+        one_of("SSL.PROPOSALS.SOURCE", proposals.SOURCE, (*PROPOSAL_SOURCES, "a .json file"))
+    least, most = proposals.MIN_SCALE, proposals.MAX_SCALE
+    require(
+        0 <= least <= most,
+        f"SSL.PROPOSALS: MIN_SCALE {least} and MAX_SCALE {most}: give 0 <= MIN_SCALE <= MAX_SCALE",
+    )
     require(not ssl.ENABLED or ssl.TRAIN, "SSL.TRAIN is empty; name bottom_up, fpn or box_head")
     require(
         not ssl.ENABLED or ssl.DATASETS,
@@ -307,21 +395,12 @@ def _check(cfg: CN) -> None:
         not self_training.ENABLED or ssl.DATASETS,
         "SSL.DATASETS is empty; name the photos that SSL.SELF_TRAINING is to label",
     )
-    for key, values in (("AT", self_training.AT), ("LABELED", [self_training.LABELED])):
-        require(
-            bool(values) and all(type(x) in (int, float) and 0 < x < 1 for x in values),
-            f"SSL.SELF_TRAINING.{key} {self_training[key]}: give shares between 0 and 1, e.g. 0.5",
-        )
     require(
         0 < self_training.UNSURE <= self_training.SCORE <= 1,
         f"SSL.SELF_TRAINING: UNSURE {self_training.UNSURE} and SCORE {self_training.SCORE}: give "
         "0 < UNSURE <= SCORE <= 1",
     )
     scales = self_training.SCALES
-    require(
-        all(type(x) in (int, float) and 0 < x < math.inf for x in scales),
-        f"SSL.SELF_TRAINING.SCALES {scales}: give multiples of the test size, e.g. (0.8, 1.0)",
-    )
     require(
         not scales or cfg.INPUT.MIN_SIZE_TEST > 0,
         "SSL.SELF_TRAINING.SCALES are of the test size: set INPUT.MIN_SIZE_TEST",
@@ -354,31 +433,8 @@ def _check(cfg: CN) -> None:
             f"SSL.INPUT.{key} {size}: the FPN needs a multiple of 32, "
             f"e.g. {max(32, size // 32 * 32)}",
         )
-    calibrate = ssl.FINETUNE.CALIBRATE_NORMS
-    one_of("SSL.FINETUNE.CALIBRATE_NORMS", calibrate, ("auto", "always", "never"))
-    one_of("SSL.FINETUNE.FIT_PREDICTORS", ssl.FINETUNE.FIT_PREDICTORS, ("auto", "never"))
-    names = ssl.FINETUNE.WEIGHTS_CLASSES
     require(
-        names in ("", "coco")
-        or isinstance(names, (list, tuple))
-        and all(isinstance(n, str) for n in names)
-        and len(set(names)) == len(names),
-        f'{CLASSES} {names}: give "coco", or the names in their order, ("cat", "dog")',
-    )
-    jitter, share = ssl.FINETUNE.SCALE_JITTER, ssl.FINETUNE.COPY_PASTE
-    require(
-        not jitter
-        or len(jitter) == 2
-        and all(type(x) in (int, float) for x in jitter)
-        and 0 < jitter[0] <= jitter[1] < math.inf,
-        f"SSL.FINETUNE.SCALE_JITTER {jitter}: give the range of the factor, e.g. (0.1, 2.0)",
-    )
-    require(0 <= share <= 1, f"SSL.FINETUNE.COPY_PASTE {share}: give a share of photos, 0 to 1")
-    for node in ("FINETUNE", "SELF_TRAINING"):
-        strong = ssl[node].STRONG
-        require(0 <= strong <= 1, f"SSL.{node}.STRONG {strong}: give a share of photos, 0 to 1")
-    require(
-        share == 0 or cfg.MODEL.MASK_ON and not cfg.MODEL.KEYPOINT_ON,
+        ssl.FINETUNE.COPY_PASTE == 0 or cfg.MODEL.MASK_ON and not cfg.MODEL.KEYPOINT_ON,
         "SSL.FINETUNE.COPY_PASTE cuts objects out by their masks: set it to 0.0, or MODEL.MASK_ON "
         "True and KEYPOINT_ON False",
     )
@@ -394,13 +450,11 @@ def _check(cfg: CN) -> None:
         f"DATALOADER.REPEAT_THRESHOLD {threshold}: give the share of photos below which a class "
         "is rare, above 0 and up to 1, e.g. 0.001",
     )
-    for part in ssl.FINETUNE.FROZEN_PARTS:
-        one_of("SSL.FINETUNE.FROZEN_PARTS", part, tuple(ssl.FINETUNE.LR_FACTOR))
-    low, high = ssl.INPUT.CROP_SCALE
     require(
-        0 < low <= high <= 1, f"SSL.INPUT.CROP_SCALE {low}, {high}: give 0 < least <= most <= 1"
+        not ssl.ENABLED or max(cfg.INPUT.MIN_SIZE_TRAIN) > 0,
+        f"INPUT.MIN_SIZE_TRAIN {cfg.INPUT.MIN_SIZE_TRAIN}: pretraining needs the short side that "
+        "photos are scaled to later; give it, or set SSL.ENABLED False",
     )
-    require(ssl.CALIBRATION_PHOTOS >= 2, "SSL.CALIBRATION_PHOTOS: give 2 or more")
     require(
         not cfg.TEST.PRECISE_BN.ENABLED,
         "TEST.PRECISE_BN is not supported: the hand-off measures statistics anew; set it False",
@@ -409,7 +463,6 @@ def _check(cfg: CN) -> None:
         not cfg.MODEL.LOAD_PROPOSALS,
         "MODEL.LOAD_PROPOSALS is not supported: the detector finds its own; set it False",
     )
-    one_of("INPUT.FORMAT", cfg.INPUT.FORMAT, ("BGR", "RGB"))
     for solver in (cfg.SOLVER, ssl.SOLVER):
         require(
             solver.BIAS_LR_FACTOR == 1 and solver.WEIGHT_DECAY_BIAS in (None, solver.WEIGHT_DECAY),

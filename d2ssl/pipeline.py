@@ -9,13 +9,18 @@ from typing import Dict
 
 import torch
 from detectron2.evaluation import verify_results
-from detectron2.modeling import build_model
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    build_model,
+)
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
 
 from d2ssl.atomic import atomic_open, make_folder
-from d2ssl.config import finetune_cfg, pretrain_cfg, pretrained_path
+from d2ssl.config import finetune_cfg, get_key, method_title, pretrain_cfg, pretrained_path
 from d2ssl.data.build import check_classes, detection_sets, register_datasets
 from d2ssl.engine.auto import resolve_auto
 from d2ssl.engine.checkpoint import load_weights, refuse_other_conventions
@@ -23,7 +28,8 @@ from d2ssl.engine.finetuning import FinetuneTrainer
 from d2ssl.engine.handoff import hand_off, read_record
 from d2ssl.engine.precision import apply_precision
 from d2ssl.engine.pretraining import PretrainTrainer
-from d2ssl.engine.self_training import label_files
+from d2ssl.engine.trainer import another_config
+from d2ssl.engine.weights_file import differing_keys
 from d2ssl.errors import D2SSLError
 from d2ssl.report.html import write_report
 from d2ssl.report.sheets import PutPictures
@@ -31,6 +37,11 @@ from d2ssl.report.sheets import PutPictures
 logger = logging.getLogger("d2ssl")
 
 STAGES = ("pretrain", "finetune", "all")
+REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+}
 
 
 def set_up(cfg, keep_config: bool = True):
@@ -41,6 +52,11 @@ def set_up(cfg, keep_config: bool = True):
     """
     rank = comm.get_rank()
     register_datasets(cfg)
+    for key, registry in REGISTRIES.items():  # a module of SSL.REGISTER may have added to them
+        name = get_key(cfg, key)
+        if name not in registry:
+            known = ", ".join(known for known, _ in registry)
+            raise D2SSLError(f"{key} {name}: choose from {known}")
     make_folder(cfg.OUTPUT_DIR)
     for name in ("fvcore", "detectron2", "d2ssl"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
@@ -83,17 +99,18 @@ def pretrain(cfg, resume: bool = False) -> None:
     """Pretrain and hand off."""
     stage = pretrain_cfg(cfg)
     if not (resume and _handed_off(cfg)):
-        _start(stage, resume)
-        _forget(finetune_cfg(cfg).OUTPUT_DIR, ["last_checkpoint"])  # it fine-tuned other weights
-        _train_pretext(stage, resume)
+        if not (resume and _begun(stage)):
+            _clear(cfg, stage)
+        _train_pretext(cfg, stage, resume)
         gc.collect()  # a trainer and its hooks hold one another, and with them model and workers
         if comm.is_main_process():
             hand_off(cfg)
     comm.synchronize()
 
 
-def _train_pretext(stage, resume: bool) -> None:
+def _train_pretext(cfg, stage, resume: bool) -> None:
     trainer = PretrainTrainer(stage, resume)
+    _clear(cfg, finetune_cfg(cfg))  # what is there was fine-tuned from other weights
     trainer.register_hooks(
         [
             PutPictures.of_views(trainer),
@@ -112,14 +129,16 @@ def finetune(cfg, resume: bool = False) -> Dict:
             f"{stage.MODEL.WEIGHTS}: no such file; run --stage pretrain first, or set "
             "SSL.ENABLED False"
         )
-    _start(stage, resume)
+    if not (resume and _begun(stage)):
+        _clear(cfg, stage)
     trainer = FinetuneTrainer(stage, resume)
     trainer.train()
     weights = trainer.save_weights("model_result")
     results = trainer.last_results
-    if results and stage.TEST.AUG.ENABLED:
+    _write_results(stage, results, weights)
+    # Not by the results: the first process alone has them, and all of them evaluate.
+    if stage.DATASETS.TEST and stage.TEST.AUG.ENABLED:
         results = {**results, **trainer.evaluate_with_tta()}
-    if results and comm.is_main_process():
         _write_results(stage, results, weights)
     return results
 
@@ -141,9 +160,9 @@ def evaluate_only(cfg) -> Dict:
         logger.warning("Not all of the detector is in this file.\n%s", report)
     apply_precision(model, cfg.SOLVER.AMP.ENABLED)
     results = FinetuneTrainer.test(cfg, model)
+    _write_results(cfg, results, cfg.MODEL.WEIGHTS)
     if cfg.TEST.AUG.ENABLED:
         results = {**results, **FinetuneTrainer.test_with_tta(cfg, model)}
-    if comm.is_main_process():
         _write_results(cfg, results, cfg.MODEL.WEIGHTS)
     _compare_with_expected(cfg, results)
     return results
@@ -155,33 +174,58 @@ def _compare_with_expected(cfg, results: Dict) -> None:
         verify_results(cfg, results)
 
 
-def _start(stage, resume: bool) -> None:
-    """A stage that is not resumed starts over: what an earlier run left is removed."""
-    if comm.is_main_process():
-        os.makedirs(stage.OUTPUT_DIR, exist_ok=True)
-    if not resume:
-        weights = ["model_pretrained.pth", "model_result.pth", "model_best.pth"]
-        pictures = ["matches.png", "reconstructions.png"]  # not every method has them
-        results = ["metrics.json", "last_checkpoint", "results.json", *pictures]
-        results += map(os.path.basename, label_files(stage.OUTPUT_DIR))
-        results += glob.glob("events.out.tfevents.*", root_dir=stage.OUTPUT_DIR)
-        _forget(stage.OUTPUT_DIR, [*results, *weights])
+def _begun(stage) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    return os.path.isfile(os.path.join(stage.OUTPUT_DIR, "last_checkpoint"))
+
+
+def _clear(cfg, stage) -> None:
+    """A stage starts over: what an earlier run left of it is removed.
+
+    Raises:
+        D2SSLError: MODEL.WEIGHTS are among it.
+    """
+    pictures = ["matches.png", "reconstructions.png"]  # not every method has them
+    left = ["metrics.json", "last_checkpoint", "results.json", *pictures]
+    left += ["model_*.pth", "labels_*.json", "events.out.tfevents.*"]
+    folder = stage.OUTPUT_DIR
+    names = [name for pattern in left for name in glob.glob(pattern, root_dir=folder)]
+    paths = [os.path.join(folder, name) for name in names]
+    if os.path.realpath(cfg.MODEL.WEIGHTS) in map(os.path.realpath, paths):
+        raise D2SSLError(
+            f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} are an earlier run's, which would be removed; name "
+            "another OUTPUT_DIR"
+        )
+    comm.synchronize()  # each process has looked
+    for path in paths if comm.is_main_process() else ():
+        os.remove(path)
     comm.synchronize()
 
 
-def _forget(folder: str, names) -> None:
-    for path in (os.path.join(folder, name) for name in names):
-        if comm.is_main_process() and os.path.exists(path):
-            os.remove(path)
-
-
 def _handed_off(cfg) -> bool:
-    """Whether the hand-off of this run, at its full length, is there."""
+    """Whether the hand-off of this run, at its full length, is there.
+
+    Raises:
+        D2SSLError: it is another run's.
+    """
     record = read_record(pretrained_path(cfg))
-    return bool(record) and record["iterations"] >= pretrain_cfg(cfg).SOLVER.MAX_ITER
+    if not record:
+        return False
+    pairs = {
+        "SSL.METHOD": (record["method"], method_title(cfg)),
+        "SSL.DATASETS": (record["datasets"], list(cfg.SSL.DATASETS)),
+        "SEED": (record["seed"], cfg.SEED),
+    }
+    held = {key: then for key, (then, now) in pairs.items() if then != now}
+    held.update(differing_keys(cfg, record["config"]))
+    if held:
+        raise another_config(pretrain_cfg(cfg).OUTPUT_DIR, held)
+    return record["iterations"] >= pretrain_cfg(cfg).SOLVER.MAX_ITER
 
 
 def _write_results(cfg, results: Dict, weights: str) -> None:
+    if not (results and comm.is_main_process()):
+        return
     content = {
         "results": results,
         "weights": weights,

@@ -81,7 +81,30 @@ def test_classes_of_weights_are_a_name_or_names(value, tmp_path):
             ["SSL.FINETUNE.FROZEN_PARTS", "('RES2',)", "SSL.FINETUNE.UNFREEZE_ITER", "5"],
             "needs MODEL.BACKBONE.FREEZE_AT 0",
         ),
-        (["SSL.INPUT.CROP_SCALE", "(0.0, 1.0)"], "SSL.INPUT.CROP_SCALE 0.0, 1.0"),
+        (["SSL.INPUT.CROP_SCALE", "(0.0, 1.0)"], "SSL.INPUT.CROP_SCALE .0.0, 1.0.: give the"),
+        (["SSL.INPUT.CROP_SCALE", "(0.5,)"], "SSL.INPUT.CROP_SCALE .0.5,.: give the least"),
+        (["SSL.INPUT.CROP_SCALE", "('a', 'b')"], "SSL.INPUT.CROP_SCALE .'a', 'b'.: give"),
+        (["SSL.INPUT.COLOR_JITTER", "(0.4,)"], "COLOR_JITTER .0.4,.: give brightness, contrast"),
+        (["SSL.INPUT.COLOR_JITTER", "(1, 1, 1, 1)"], "COLOR_JITTER .*hue, up to 0.5"),
+        (["SOLVER.STEPS", "(3, 2)"], "SOLVER.STEPS .3, 2.: give rising iterations"),
+        (["SSL.SOLVER.STEPS", "(0,)"], "SSL.SOLVER.STEPS .0,.: give rising iterations above 0"),
+        (["SOLVER.WARMUP_METHOD", "foo"], "WARMUP_METHOD foo: choose from linear, constant"),
+        (["SOLVER.LR_SCHEDULER_NAME", "foo"], "LR_SCHEDULER_NAME foo: choose from Warmup"),
+        (["SOLVER.MAX_ITER", "0"], "^SOLVER.MAX_ITER 0: give 1 or more"),
+        (["SSL.SOLVER.MAX_ITER", "0"], "^SSL.SOLVER.MAX_ITER 0: give 1 or more"),
+        (["SOLVER.MAX_ITER", "None"], "SOLVER.MAX_ITER None: give 1 or more"),
+        (["SOLVER.BASE_LR", "-1.0"], "SOLVER.BASE_LR -1.0: give a number above 0"),
+        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE gpu: give cpu or cuda"),
+        (["INPUT.RANDOM_FLIP", "diagonal"], "choose from horizontal, vertical, none"),
+        (["INPUT.MIN_SIZE_TRAIN", "()"], "INPUT.MIN_SIZE_TRAIN ..: give short sides in pixels"),
+        (["INPUT.MIN_SIZE_TRAIN", "(0,)"], "MIN_SIZE_TRAIN .0,.: pretraining needs the short side"),
+        (["SSL.DATASETS", "('a', 3)"], "SSL.DATASETS .'a', 3.: give names"),
+        (["SSL.FINETUNE.EMA_DECAY", "2.0"], "EMA_DECAY 2.0: give 0 to 1"),
+        (["SSL.HOLES.SHARE", "2.0"], "HOLES.SHARE 2.0: give a share of the view"),
+        (["SSL.HOLES.SIZE", "0.0"], "HOLES.SIZE 0.0: give a share of the view"),
+        (["SSL.SOCO.NUM_BOXES", "0"], "NUM_BOXES 0: give 1 or more"),
+        (["SSL.PROPOSALS.MIN_SCALE", "0.9"], "MIN_SCALE 0.9 and MAX_SCALE 0.8: give"),
+        (["SEED.X", "1"], "SEED.X does not exist; the nearest is SEED"),
         (["SSL.CALIBRATION_PHOTOS", "0"], "give 2 or more"),
         (["INPUT.FORMAT", "L"], "choose from BGR, RGB"),
         (["SOLVER.BIAS_LR_FACTOR", "2.0"], "not supported"),
@@ -121,6 +144,10 @@ def test_missing_file_and_unknown_key_in_file(tmp_path):
     bad.write_text("SSL:\n  METOD: SoCo\n")
     with pytest.raises(D2SSLError, match="nearest is SSL.METHOD"):
         load_cfg(str(bad))
+    for text in ("", "- a\n- b\n", "hello", "_BASE_: 5\n"):
+        bad.write_text(text)
+        with pytest.raises(D2SSLError, match="bad.yaml: no config; give a yaml of keys and values"):
+            load_cfg(str(bad), PHOTOS)
     bad.write_text("SSL.REGISTER: ['my_photos:register_all']\n")
     with pytest.raises(D2SSLError, match="SSL.REGISTER: in a yaml .* SSL: {REGISTER: ..."):
         load_cfg(str(bad))

@@ -15,6 +15,7 @@ from d2ssl.config import load_cfg, stock_cfg
 from d2ssl.doctor import FAIL, NOTE, OK, WARN, Finding, installation, table, weights
 from d2ssl.doctor.formats import describe_format
 from d2ssl.engine import handoff
+from d2ssl.engine.checkpoint import conventions_of
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.fingerprint import fingerprint, probe_image
 from d2ssl.modeling.norm import refuse_uncalibrated
@@ -266,6 +267,18 @@ def test_names_of_torchvision_and_moco_must_be_converted(tmp_path):
         warned = [f.name for f in known if f.status == WARN]
         assert warned[0] == "INPUT.FORMAT" and "MODEL.RESNETS.STRIDE_IN_1X1" in warned
         assert "usually" in text(known)  # a hint, not a fact
+
+
+def test_what_a_trained_detector_says_it_was_made_with(tmp_path):
+    content = {"model": {"res2.0.conv1.weight": torch.rand(64)}}
+    content["conventions"] = conventions_of(config())
+    known = describe_format(content, config())
+    assert [(f.status, f.name) for f in known] == [(NOTE, "made with"), (OK, "config")]
+    assert "INPUT.FORMAT BGR" in text(known)
+    # A ResNet-18 has no 1x1 convolution with a stride.
+    other = config("INPUT.FORMAT", "RGB", "MODEL.RESNETS.STRIDE_IN_1X1", "False")
+    known = describe_format(content, other)
+    assert failed(known) == ["INPUT.FORMAT"] and "set INPUT.FORMAT BGR" in text(known)
 
 
 def test_norms_that_were_folded_or_never_measured_are_told(tmp_path):

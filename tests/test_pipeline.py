@@ -104,10 +104,12 @@ def test_resume_of_a_finished_job_repeats_nothing(whole_job, train_net):
 def test_two_processes_on_a_cpu(train_net):
     process = train_net(
         "--num-gpus", "2", *TINY, "OUTPUT_DIR", "two", "SSL.SOLVER.MAX_ITER", "2",
-        "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "(1,)",
+        "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "(1,)", "TEST.AUG.ENABLED", "True",
+        "TEST.AUG.MIN_SIZES", "(64,)", "TEST.AUG.MAX_SIZE", "96",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
-    assert "segm" in results(train_net.folder / "two/finetune")
+    found = results(train_net.folder / "two/finetune")
+    assert found.keys() == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
 
 
 @pytest.mark.parametrize(
@@ -131,6 +133,14 @@ def test_bad_input_is_one_line_and_exit_code_2(train_net, args, message):
     assert errors and message in errors[0]
     assert "Traceback" not in process.stderr
     assert not (train_net.folder / "bad/pretrain/model_final.pth").exists()
+
+
+def test_a_part_that_is_not_registered(tiny_cfg):
+    from d2ssl import pipeline
+    from d2ssl.errors import D2SSLError
+
+    with pytest.raises(D2SSLError, match="BACKBONE.NAME foo: choose from .*build_resnet_fpn_back"):
+        pipeline.set_up(tiny_cfg("MODEL.BACKBONE.NAME", "foo"))
 
 
 def test_help_needs_no_torch():
@@ -174,6 +184,44 @@ def test_a_new_pretraining_is_not_answered_with_an_old_detector(tiny_cfg, tmp_pa
     name = "proposal_generator.rpn_head.conv.weight"
     assert not torch.equal(first[name], second[name])
     assert json.loads((tmp_path / "out/finetune/results.json").read_text())["seed"] == 5
+    lines = (tmp_path / "out/finetune/metrics.json").read_text().splitlines()
+    iterations = [json.loads(line)["iteration"] for line in lines]
+    assert iterations == sorted(set(iterations))  # of one run
+
+
+def test_a_run_resumed_at_its_end_hands_off_its_own_weights(tiny_cfg, tmp_path, monkeypatch):
+    """Run A is whole; run B is stopped after a checkpoint, and resumed to end there."""
+    import torch
+
+    from d2ssl import pipeline
+    from d2ssl.engine.pretraining import PretrainTrainer
+    from d2ssl.errors import D2SSLError
+
+    def stop(trainer):
+        if trainer.iter == 3:
+            raise KeyboardInterrupt
+        run_step(trainer)
+
+    run_step, folder = PretrainTrainer.run_step, tmp_path / "out/pretrain"
+    pipeline.pretrain(tiny_cfg())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PretrainTrainer, "run_step", stop)
+        pipeline.pretrain(tiny_cfg("SEED", "5"))
+    assert sorted(f.name for f in folder.glob("*.pth")) == ["model_0000001.pth"]
+    with pytest.raises(D2SSLError, match="holds 2 iterations, and MAX_ITER is 1: give as many"):
+        pipeline.pretrain(tiny_cfg("SEED", "5", "SSL.SOLVER.MAX_ITER", "1"), resume=True)
+    pipeline.pretrain(tiny_cfg("SEED", "5", "SSL.SOLVER.MAX_ITER", "2"), resume=True)
+    b, handed = (
+        torch.load(folder / f"model_{name}.pth", weights_only=True)["model"]
+        for name in ("0000001", "pretrained")
+    )
+    name = "backbone.bottom_up.stem.conv1.weight"
+    assert torch.equal(handed[name], b[f"trunk.{name}"])
+
+    weights = str(folder / "model_pretrained.pth")
+    with pytest.raises(D2SSLError, match="would be removed; name another OUTPUT_DIR"):
+        pipeline.pretrain(tiny_cfg("MODEL.WEIGHTS", weights))
+    assert os.path.exists(weights)
 
 
 def test_resume_goes_on_to_a_later_end(tiny_cfg, tmp_path):
@@ -188,14 +236,25 @@ def test_resume_goes_on_to_a_later_end(tiny_cfg, tmp_path):
     assert torch.load(path / "model_pretrained.pth", weights_only=True)["d2ssl"]["iterations"] == 6
 
 
-def test_resume_under_another_config_is_refused(tiny_cfg):
+def test_resume_under_another_config_is_refused(tiny_cfg, tmp_path):
+    """By the hand-off, and by the checkpoint where there is none yet."""
     from d2ssl import pipeline
     from d2ssl.errors import D2SSLError
 
     pipeline.run(tiny_cfg(), stage="pretrain")
-    other = tiny_cfg("MODEL.FPN.OUT_CHANNELS", "64", "SSL.SOLVER.MAX_ITER", "6")
-    with pytest.raises(D2SSLError, match="holds a run of another config"):
-        pipeline.run(other, stage="pretrain", resume=True)
+    colour, width = ["INPUT.FORMAT", "RGB"], ["MODEL.FPN.OUT_CHANNELS", "64"]
+    for opts, said in (
+        (["SEED", "5"], "SEED 0"),
+        (["SSL.METHOD", "SimSiam"], "SSL.METHOD SoCo"),
+        (colour, "INPUT.FORMAT BGR"),
+    ):
+        with pytest.raises(D2SSLError, match=f"pretrain holds a run of another config .{said}.; "):
+            pipeline.run(tiny_cfg(*opts), stage="pretrain", resume=True)
+    os.remove(tmp_path / "out/pretrain/model_pretrained.pth")
+    for opts, said in ((colour, " .INPUT.FORMAT BGR."), (width, "")):
+        other = tiny_cfg(*opts, "SSL.SOLVER.MAX_ITER", "6")
+        with pytest.raises(D2SSLError, match=f"holds a run of another config{said}; give the same"):
+            pipeline.run(other, stage="pretrain", resume=True)
 
 
 def test_a_checkpoint_that_is_damaged_says_so(tiny_cfg, tmp_path):
@@ -226,9 +285,10 @@ def test_pretraining_is_gone_before_the_hand_off(tiny_cfg, monkeypatch):
     assert not left
 
 
-def test_augmented_evaluation(tiny_cfg, tmp_path):
+def test_augmented_evaluation(tiny_cfg, tmp_path, monkeypatch):
     """One copy of a photo, as it is: what the detector finds without it, in bf16 as well."""
     from d2ssl import pipeline
+    from d2ssl.engine.finetuning import FinetuneTrainer
 
     opts = ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(96,)", "TEST.AUG.MAX_SIZE", "128"]
     opts += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]  # it has hardly learnt
@@ -253,6 +313,12 @@ def test_augmented_evaluation(tiny_cfg, tmp_path):
     assert str(pipeline.evaluate_only(again)) == str(trained)
     with pytest.raises(SystemExit, match="1"):
         pipeline.evaluate_only(tiny_cfg(*once, *weights, "TEST.AUG.FLIP", "True"))
+
+    os.remove(folder / "results.json")  # what comes before it is kept, whatever becomes of it
+    monkeypatch.setattr(FinetuneTrainer, "test_with_tta", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pipeline.finetune(tiny_cfg(*once), resume=True)
+    assert results(folder).keys() == {"bbox", "segm"}
 
 
 def test_evaluation_needs_no_unlabelled_photos(tiny_cfg, tmp_path):

@@ -39,7 +39,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--prefix", metavar="P", help="of the donor's names, if the file holds several networks"
     )
-    usual = "(default: as torchvision; for a Detectron2 file, as the config)"
+    usual = "(default: as torchvision; for a Detectron2 file, as it or else the config says)"
     parser.add_argument("--format", choices=["RGB", "BGR"], help=f"what the donor wants {usual}")
     for name in ("mean", "std"):
         parser.add_argument(

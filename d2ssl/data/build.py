@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from typing import FrozenSet, List, Sequence
+from typing import Dict, FrozenSet, List, Sequence
 
 import torch
 from detectron2.data import MetadataCatalog
@@ -18,7 +18,7 @@ from d2ssl.data.datasets import ensure_registered
 from d2ssl.data.datasets.catalog import decoded, listed
 from d2ssl.data.loader import StreamLoader
 from d2ssl.data.mapper import DetectionMapper, PretextMapper, has_rle, shrunk
-from d2ssl.data.photos import PhotoStore, add_size, map_photos, read_photo
+from d2ssl.data.photos import PhotoStore, add_size, map_photos, read_photo, require_proportions
 from d2ssl.data.proposals import attach_proposals
 from d2ssl.data.regions import attach_regions
 from d2ssl.data.sampling import build_order, evenly
@@ -94,8 +94,16 @@ def _sized(row: dict) -> dict:
 
 
 def count_photos(names: Sequence[str]) -> int:
-    """How many photos several sets have together."""
-    return sum(len(_rows(name)) for name in _registered(names))
+    """How many photos several sets have together, each counted once."""
+    return len(each_once([row for name in _registered(names) for row in _rows(name)]))
+
+
+def each_once(rows: List[dict]) -> List[dict]:
+    """The first row of each photo: with a second one it would be a negative of itself."""
+    first: Dict[str, dict] = {}
+    for row in rows:
+        first.setdefault(os.path.realpath(row["file_name"]), row)
+    return [*first.values()]
 
 
 def _registered(names: Sequence[str]) -> Sequence[str]:
@@ -149,7 +157,9 @@ def cache_dir(cfg) -> str:
 
 def _store(cfg, dicts: List[dict], short_side: float) -> PhotoStore:
     store = PhotoStore(short_side, max_bytes=int(cfg.SSL.CACHE_GB * 2**30))
-    store.preload([d["file_name"] for d in dicts], available_cores())
+    sizes = store.preload([d["file_name"] for d in dicts], available_cores())
+    for d in dicts:
+        require_proportions(d, *sizes[d["file_name"]])
     return store
 
 
@@ -161,7 +171,10 @@ def build_pretrain_loader(cfg, views, view_pairs, needs: FrozenSet[str]) -> Stre
     """
     # Annotations are never read, unless the proposals are made of them.
     from_labels = "boxes" in needs and cfg.SSL.PROPOSALS.SOURCE == "annotations"
-    dicts = (load_dicts if from_labels else load_photos)(cfg.DATASETS.TRAIN)
+    rows = (load_dicts if from_labels else load_photos)(cfg.DATASETS.TRAIN)
+    dicts = each_once(rows)
+    if len(dicts) < len(rows):
+        logger.info("%d photos are in SSL.DATASETS more than once", len(rows) - len(dicts))
     store = _store(cfg, dicts, photo_side(views))
     if "boxes" in needs:
         dicts = _first_process_first(lambda: with_proposals(cfg, dicts))
@@ -247,7 +260,7 @@ def unlabeled_photos(cfg) -> List[dict]:
     detector is trained, tested, or watched on, whatever its set is called."""
     names = _registered(detection_sets(cfg))
     labeled = {os.path.realpath(d["file_name"]) for name in names for d in _rows(name)}
-    photos = load_photos(cfg.SSL.DATASETS)
+    photos = each_once(load_photos(cfg.SSL.DATASETS))
     return [d for d in photos if os.path.realpath(d["file_name"]) not in labeled]
 
 

@@ -14,10 +14,9 @@ from detectron2.structures import BitMasks, Instances
 
 from d2ssl.data.masks import encode
 from d2ssl.data.pasting import paste
-from d2ssl.data.photos import scaled_size
+from d2ssl.data.photos import require_proportions, scaled_size
 from d2ssl.data.regions import regions_in_view
 from d2ssl.data.views import View, cut_out, draw_holes, draw_views, paired_boxes, window_of
-from d2ssl.errors import D2SSLError
 
 CUT_OUT = 0.5  # share of objects that a square is cut out of, on a photo in another look
 
@@ -165,7 +164,7 @@ class ScaleJitter(T.Augmentation):
     costs what it costs in stock, and objects have their stock scale at factor 1.
 
     Args:
-        resize: an augmentation that gives a ``ResizeTransform``.
+        resize: an augmentation that gives a ``ResizeTransform``, or leaves the photo as it is.
         least, most: range of the factor.
         fill: colour, in the order of the image.
     """
@@ -176,7 +175,9 @@ class ScaleJitter(T.Augmentation):
 
     def __call__(self, aug_input) -> T.Transform:
         size = self.resize.get_transform(aug_input.image)
-        height, width = size.new_h, size.new_w
+        height, width = aug_input.image.shape[:2]
+        if isinstance(size, T.ResizeTransform):
+            height, width = size.new_h, size.new_w
         scale = T.ResizeScale(self.least, self.most, height, width)
         # It could pad, too, but in one grey, and in Detectron2's main branch masks with 255.
         crop = T.FixedSizeCrop((height, width), pad=False)
@@ -302,11 +303,7 @@ class DetectionMapper(DatasetMapper):
         photo = self.read_photo(dataset_dict["file_name"])
         height, width = dataset_dict["height"], dataset_dict["width"]
         h, w = photo.shape[:2]
-        if abs(h * width - w * height) > 2 * max(height, width):
-            raise D2SSLError(
-                f"{dataset_dict['file_name']}: the annotation says {width} x {height}, the photo "
-                "has other proportions; correct the annotation, or the photo's EXIF orientation"
-            )
+        require_proportions(dataset_dict, h, w)
         photo = look.apply_image(photo)
         if self.image_format == "BGR":
             photo = cv2.cvtColor(photo, cv2.COLOR_RGB2BGR)

@@ -90,6 +90,20 @@ def add_size(entry: dict) -> dict:
     return {**entry, "height": height, "width": width}
 
 
+def require_proportions(entry: dict, height: int, width: int) -> None:
+    """Refuse a dataset dict whose size is not that of its photo, at any scale.
+
+    Raises:
+        D2SSLError: its boxes and masks would lie elsewhere on the photo.
+    """
+    said = entry["height"], entry["width"]
+    if abs(height * said[1] - width * said[0]) > 2 * max(height, width, *said):  # rounding
+        raise D2SSLError(
+            f"{entry['file_name']}: the annotation says {said[1]} x {said[0]}, the photo has other "
+            "proportions; correct the annotation, or the photo's EXIF orientation"
+        )
+
+
 def _orientation(image: Image.Image) -> int | None:
     try:
         # Not image.getexif(): for a PNG without EXIF that decodes the whole picture.
@@ -183,18 +197,21 @@ class PhotoStore:
         self.max_bytes = max_bytes
         self._photos: dict[str, np.ndarray] = {}
 
-    def preload(self, files: Iterable[str], num_threads: int = 2) -> None:
+    def preload(self, files: Iterable[str], num_threads: int = 2) -> dict[str, tuple[int, int]]:
         """
         Decode and keep ``files``, first come first kept until the budget is full.
+
+        Returns:
+            the size of each as it is, (height, width), but for those that are kept already.
 
         Raises:
             D2SSLError: see :func:`read_photo`.
         """
         new = [file for file in dict.fromkeys(files) if file not in self._photos]
         free = self.max_bytes - self.num_bytes
-        kept = []
+        sizes, kept = {file: photo_size(file) for file in new}, []
         for file in new:
-            height, width = scaled_size(*photo_size(file), self.short_side)
+            height, width = scaled_size(*sizes[file], self.short_side)
             if height * width * 3 <= free:
                 free -= height * width * 3
                 kept.append(file)
@@ -210,6 +227,7 @@ class PhotoStore:
                 f"{self.max_bytes / 2**20:.0f} MiB for decoded photos and will be decoded at "
                 "each use, which is slower"
             )
+        return sizes
 
     def get(self, file: str) -> np.ndarray:
         """

@@ -4,7 +4,7 @@ installation   needs nothing but Python, and reports what is missing or does not
 weights        all that can be said about a file, from what a detector would load of it on
 attempt        that detector, with the file's weights loaded and run
 function       whether the detector computes what a hand-off says that it should
-formats        what files that do not say so usually want
+formats        what other files say that they want, or usually want
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Files without a fingerprint: hints at what they want, no facts."""
+"""Files without a fingerprint: what they say that they want, or hints at it."""
 
 import re
 from typing import Dict, List, Tuple
@@ -8,8 +8,10 @@ import numpy as np
 from d2ssl.doctor import FAIL, NOTE, OK, WARN, Finding, show
 from d2ssl.engine.weights_file import (
     TORCHVISION,
+    conventions_in,
     differing_keys,
     get,
+    other_conventions,
     quoted,
     structure_of,
     tensors_of,
@@ -27,6 +29,8 @@ _RESNEXT = {
     "MODEL.PIXEL_STD": [57.375, 57.12, 58.395],
     "MODEL.RESNETS.STRIDE_IN_1X1": False,
 }
+
+_SAME = Finding(OK, "config", "says the same")
 
 
 def usual_conventions(content: Dict) -> Tuple[str, Dict]:
@@ -50,7 +54,7 @@ def usual_conventions(content: Dict) -> Tuple[str, Dict]:
 
 
 def describe_format(content: Dict, cfg) -> List[Finding]:
-    """Hints on what a file without fingerprint wants, and where the config says otherwise."""
+    """What a file without fingerprint wants, and where the config says otherwise."""
     tensors = tensors_of(content)
     findings = []
     found = next((n for n in tensors if re.search(r"(^|\.)(layer1|4)\.0\.conv1\.weight$", n)), "")
@@ -58,24 +62,41 @@ def describe_format(content: Dict, cfg) -> List[Finding]:
         detail = f"Detectron2 does not know names like {found}"
         fix = "convert the file with tools/convert_weights.py"
         findings.append(Finding(FAIL, "names", detail, fix))
+    said = conventions_in(content)
+    findings += _compare_with_said(said, cfg) if said else _compare_with_usual(content, cfg)
+    return findings + _describe_norms(tensors, cfg)
+
+
+def _compare_with_said(said: Dict, cfg) -> List[Finding]:
+    """What d2ssl wrote into the file of a detector that it trained."""
+    findings = [
+        Finding(NOTE, "made with", _listed({k: v for k, v in said.items() if k in TORCHVISION}))
+    ]
+    for key, value in other_conventions(cfg, said).items():
+        detail = f"is {show(get(cfg, key))}, the weights were made with {show(value)}"
+        findings.append(Finding(FAIL, key, detail, f"set {key} {quoted(value)}"))
+    return findings if len(findings) > 1 else [*findings, _SAME]
+
+
+def _compare_with_usual(content: Dict, cfg) -> List[Finding]:
+    """Hints at what a file wants that does not say so."""
     why, wanted = usual_conventions(content)
     if not why:
         detail = "nothing in the file says which colour order, mean, std and stride it wants"
         fix = "use those of the config that it was trained with"
-        findings.append(Finding(WARN, "conventions", detail, fix))
-    else:
-        usual = "; ".join(f"{key} {show(value)}" for key, value in wanted.items())
-        findings.append(Finding(NOTE, "likely", f"{usual} ({why})"))
-        before = len(findings)
-        for key, value in differing_keys(cfg, wanted).items():
-            if key == "MODEL.PIXEL_MEAN" and np.allclose(get(cfg, key), value, atol=1.0):
-                continue
-            detail = f"is {show(get(cfg, key))}; such files usually want {show(value)}"
-            fix = f"set {key} {quoted(value)}, unless you know better"
-            findings.append(Finding(WARN, key, detail, fix))
-        if len(findings) == before:
-            findings.append(Finding(OK, "config", "says the same"))
-    return findings + _describe_norms(tensors, cfg)
+        return [Finding(WARN, "conventions", detail, fix)]
+    findings = [Finding(NOTE, "likely", f"{_listed(wanted)} ({why})")]
+    for key, value in differing_keys(cfg, wanted).items():
+        if key == "MODEL.PIXEL_MEAN" and np.allclose(get(cfg, key), value, atol=1.0):
+            continue
+        detail = f"is {show(get(cfg, key))}; such files usually want {show(value)}"
+        fix = f"set {key} {quoted(value)}, unless you know better"
+        findings.append(Finding(WARN, key, detail, fix))
+    return findings if len(findings) > 1 else [*findings, _SAME]
+
+
+def _listed(values: Dict) -> str:
+    return "; ".join(f"{key} {show(value)}" for key, value in values.items())
 
 
 def _describe_norms(tensors: Dict, cfg) -> List[Finding]:

@@ -2,7 +2,8 @@
 
 Names and shapes that fit prove little: colour order, mean, std, stride and norms are in no tensor.
 A hand-off of d2ssl carries a fingerprint of what its network computes, and the conventions that it
-was taken under, so for it the question has an answer. For other files there are only hints.
+was taken under, so for it the question has an answer. A detector that d2ssl trained carries the
+conventions alone. For other files there are only hints.
 """
 
 import os

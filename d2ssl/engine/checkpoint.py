@@ -14,7 +14,13 @@ from torch import nn
 from d2ssl.atomic import atomic_open
 from d2ssl.data.datasets import ensure_registered
 from d2ssl.data.datasets.catalog import listed
-from d2ssl.engine.weights_file import TORCHVISION, differing_keys, get, quoted
+from d2ssl.engine.weights_file import (
+    TORCHVISION,
+    conventions_in,
+    get,
+    other_conventions,
+    settings,
+)
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.predictors import class_names, describe_fit, fit_predictors, predictors_in
 from d2ssl.modeling.trunk import part_of
@@ -126,14 +132,14 @@ class Checkpointer(DetectionCheckpointer):
         self._wanted = (), ()
         self._fit: Tuple[str, List[str]] = "", []
         self._incompatible = None
-        self._conventions: Dict[str, object] = {}
+        self.conventions: Dict[str, object] = {}  # of the file loaded last
         self._record: Dict[str, object] = {}
 
     def _load_model(self, checkpoint):
         model = self.model.state_dict()
         _strip_prefix_if_present(checkpoint["model"], "module.")  # saved from several processes
         self._record = checkpoint.get("d2ssl", {})
-        self._conventions = checkpoint.get("conventions", self._record.get("config", {}))
+        self.conventions = conventions_in(checkpoint)
         _convolution_bias_to_norm(checkpoint["model"], model)
         self._fit = _fit_predictors(checkpoint, model, *self._wanted)
         self._incompatible = super()._load_model(checkpoint)
@@ -194,7 +200,7 @@ class Checkpointer(DetectionCheckpointer):
             mismatched=mismatched,
             predictors=self._fit[0],
             classes=self._fit[1],
-            conventions=self._conventions,
+            conventions=self.conventions,
             record=self._record,
         )
         if not report.loaded:
@@ -229,16 +235,12 @@ def refuse_other_conventions(cfg, report: MatchReport) -> None:
     Raises:
         D2SSLError: naming the keys that differ and their values.
     """
-    keys = [key for key in TORCHVISION if key in report.conventions]
-    if cfg.MODEL.RESNETS.DEPTH < 50:  # there is no 1x1 convolution with a stride
-        keys = [key for key in keys if key != "MODEL.RESNETS.STRIDE_IN_1X1"]
-    wanted = {key: report.conventions[key] for key in keys}
-    differing = differing_keys(cfg, wanted)
+    differing = other_conventions(cfg, report.conventions)
     if differing:
-        values = ", ".join(f"{key} {quoted(value)}" for key, value in differing.items())
         raise D2SSLError(
-            f"MODEL.WEIGHTS {report.path} were made with {values}; this config says otherwise, and "
-            "they would load and compute something else: set it so (tools/doctor.py tells more)"
+            f"MODEL.WEIGHTS {report.path} were made with {settings(differing)}; this config says "
+            "otherwise, and they would load and compute something else: set it so (tools/doctor.py "
+            "tells more)"
         )
 
 

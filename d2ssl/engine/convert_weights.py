@@ -22,6 +22,7 @@ from d2ssl.engine.environment import versions
 from d2ssl.engine.handoff import CONVENTIONS, methods_of
 from d2ssl.engine.weights_file import (
     TORCHVISION,
+    conventions_in,
     differing_keys,
     flat,
     get,
@@ -66,10 +67,11 @@ def convert_donor(
         D2SSLError: the detector would not compute what the donor does, and why.
     """
     content = read(path)
+    said = conventions_in(content)
     record = content.pop("d2ssl", None) or {}
     try:
         donor = find_donor(read_tensors(content), prefix)
-        wanted = conventions(donor, record, cfg, given or {})
+        wanted = conventions(donor, said, cfg, given or {})
         _refuse_misfit(donor, cfg, wanted)
         detector, state = _build(cfg), donor.state
         name, std = "stem.conv1.weight", _in_order_of(cfg, wanted, STD)
@@ -115,15 +117,15 @@ def read_tensors(content: Dict) -> Dict[str, torch.Tensor]:
 # ---- conventions
 
 
-def conventions(donor: Donor, record: Dict, cfg, given: Dict) -> Dict:
+def conventions(donor: Donor, said: Dict, cfg, given: Dict) -> Dict:
     """The config keys that the donor wants: FORMAT, MEAN, STD and STRIDE.
 
-    They are ``given``, or recorded in a file of d2ssl's; else they are torchvision's, but for a
+    They are ``given``, or ``said`` in a file of d2ssl's; else they are torchvision's, but for a
     file in Detectron2's format, which can be for any: then the config's own.
     """
     of_cfg = conventions_of(cfg)
     usual = of_cfg if donor.layout == "Detectron2" else TORCHVISION
-    usual = {**usual, **record.get("config", {})}
+    usual = {**usual, **said}
     wanted = {key: usual[key] for key in of_cfg}
     if given.get(FORMAT, wanted[FORMAT]) != wanted[FORMAT]:
         wanted.update({key: wanted[key][::-1] for key in (MEAN, STD)})

@@ -80,8 +80,8 @@ def hand_off(cfg) -> str:
     """
     pretrain, finetune = pretrain_cfg(cfg), finetune_cfg(cfg)
     pretext = PretextModel(pretrain).to(cfg.MODEL.DEVICE)
-    checkpoint = os.path.join(pretrain.OUTPUT_DIR, "model_final.pth")
-    Checkpointer(pretext).load_report(checkpoint)
+    checkpointer = Checkpointer(pretext, pretrain.OUTPUT_DIR)
+    checkpointer.load_report(checkpointer.get_checkpoint_file())
 
     trunk = pretext.trunk
     batches = calibration_batches(cfg, cfg.SSL.DATASETS, cfg.SSL.CALIBRATION_PHOTOS)

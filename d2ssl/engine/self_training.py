@@ -31,6 +31,7 @@ from d2ssl.data.datasets.files import read_json
 from d2ssl.data.mapper import shrunk
 from d2ssl.data.masks import encode
 from d2ssl.data.photos import scaled_size
+from d2ssl.errors import D2SSLError
 
 logger = logging.getLogger("d2ssl")
 
@@ -235,12 +236,29 @@ def write_labels(
 def read_labels(file: str, photos: Sequence[dict], side: float) -> List[dict]:
     """Those of the photos of :func:`write_labels` that have an object, as dataset dicts of copies
     with a short side of at most ``side``; what the detector was unsure of is not among the
-    ``annotations``, but a list of masks (RLE) under ``hidden``."""
-    found: Dict[int, List[dict]] = {}
-    for row in read_json(file)["annotations"]:
+    ``annotations``, but a list of masks (RLE) under ``hidden``.
+
+    Raises:
+        D2SSLError: a photo that was labelled is not among them, or has another size.
+    """
+    content, found = read_json(file), {}
+    for row in content["annotations"]:
         found.setdefault(row["image_id"], []).append(row)
-    labeled = [number for number, rows in found.items() if not all(r["iscrowd"] for r in rows)]
-    dicts = [_at_side(photos[number], found[number], side) for number in sorted(labeled)]
+    by_path = {os.path.abspath(photo["file_name"]): photo for photo in photos}
+    dicts = []
+    for image in content["images"]:
+        rows = found.get(image["id"], [])
+        if all(row["iscrowd"] for row in rows):
+            continue
+        path = os.path.join(content["info"]["image_root"], image["file_name"])
+        photo = by_path.get(os.path.normpath(path), {})
+        if any(photo.get(key) != image[key] for key in ("height", "width")):
+            raise D2SSLError(
+                f"{file}: {path} of {image['width']} x {image['height']} px is not among the "
+                "photos to be labelled; give the data sets as they were, or start over without "
+                "--resume"
+            )
+        dicts.append(_at_side(photo, rows, side))
     count = sum(len(d["annotations"]) for d in dicts)
     logger.info("The detector labelled %d objects on %d photos: %s", count, len(dicts), file)
     if not count:

@@ -11,6 +11,7 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from torch import nn
 
+from d2ssl.atomic import make_folder
 from d2ssl.engine import hooks as d2ssl_hooks
 from d2ssl.engine.checkpoint import (
     Checkpointer,
@@ -21,9 +22,18 @@ from d2ssl.engine.checkpoint import (
 from d2ssl.engine.launch import distribute
 from d2ssl.engine.precision import apply_precision
 from d2ssl.engine.solver import load_optimizer, main_schedule
+from d2ssl.engine.weights_file import other_conventions, settings
 from d2ssl.errors import D2SSLError, Diverged
 
 logger = logging.getLogger("d2ssl")
+
+FIX = "give the same one, another OUTPUT_DIR, or start over without --resume"
+
+
+def another_config(folder: str, held: Dict) -> D2SSLError:
+    """That a folder holds a run under other values of these keys, as far as they are known."""
+    values = f" ({settings(held)})" if held else ""
+    return D2SSLError(f"{folder} holds a run of another config{values}; {FIX}")
 
 
 class Trainer(DefaultTrainer):
@@ -44,6 +54,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg, resume: bool = False):
         TrainerBase.__init__(self)
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        make_folder(cfg.OUTPUT_DIR)
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.loaded_parts: Set[str] = set()
         self.last_results: dict = {}
@@ -74,7 +85,6 @@ class Trainer(DefaultTrainer):
 
     def _load_checkpoint(self) -> None:
         folder = self.cfg.OUTPUT_DIR
-        fix = "give the same one, another OUTPUT_DIR, or start over without --resume"
         try:
             self.checkpointer.resume_or_load("", resume=True)
         except torch.cuda.OutOfMemoryError:
@@ -82,11 +92,17 @@ class Trainer(DefaultTrainer):
         except (ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()
             raise D2SSLError(
-                f"{folder} cannot be resumed: damaged, or a run of another config; {fix} "
+                f"{folder} cannot be resumed: damaged, or a run of another config; {FIX} "
                 f"({reason[0] if reason else repr(error)})"
             ) from error
-        if not self.checkpointer.fits:
-            raise D2SSLError(f"{folder} holds a run of another config; {fix}")
+        other = other_conventions(self.cfg, self.checkpointer.conventions)
+        if other or not self.checkpointer.fits:
+            raise another_config(folder, other)
+        if self.iter >= self.max_iter:
+            raise D2SSLError(
+                f"{folder} holds {self.iter + 1} iterations, and MAX_ITER is {self.max_iter}: give "
+                "as many at least, or start over without --resume"
+            )
 
     # What a stage fills in.
 

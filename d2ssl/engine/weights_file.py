@@ -98,6 +98,22 @@ def differing_keys(cfg, wanted: Dict) -> Dict:
     return differing
 
 
+def conventions_in(content: Dict) -> Dict:
+    """The config keys that a file of d2ssl says it was made under, with their values; of others'
+    files none."""
+    record = content.get("d2ssl")
+    said = content.get("conventions", record.get("config") if isinstance(record, dict) else None)
+    return said or {}
+
+
+def other_conventions(cfg, said: Dict) -> Dict:
+    """Those of :func:`conventions_in` that no tensor shows and that a config contradicts."""
+    keys = [key for key in TORCHVISION if key in said]
+    if cfg.MODEL.RESNETS.DEPTH < 50:  # there is no 1x1 convolution with a stride
+        keys = [key for key in keys if key != "MODEL.RESNETS.STRIDE_IN_1X1"]
+    return differing_keys(cfg, {key: said[key] for key in keys})
+
+
 # (blocks in res2, res3, res4, res5; whether they have three convolutions) -> DEPTH
 _DEPTHS = {
     ((2, 2, 2, 2), False): 18,
@@ -137,3 +153,8 @@ def structure_of(tensors: Dict[str, torch.Tensor]) -> Dict[str, int]:
 def quoted(value) -> str:
     """A value of a config as it is typed in a shell."""
     return f'"{value}"' if isinstance(value, (list, tuple)) or value == "" else str(value)
+
+
+def settings(values: Dict) -> str:
+    """Keys of a config with their values, in words."""
+    return ", ".join(f"{key} {quoted(value)}" for key, value in values.items())

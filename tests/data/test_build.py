@@ -6,16 +6,28 @@ import pytest
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from d2ssl.config import load_cfg
-from d2ssl.data.build import check_classes, count_photos, detection_sets, load_dicts, load_photos
+from d2ssl.config import finetune_cfg, load_cfg, pretrain_cfg
+from d2ssl.data.build import (
+    build_finetune_loader,
+    build_pretrain_loader,
+    check_classes,
+    count_photos,
+    detection_sets,
+    load_dicts,
+    load_photos,
+    unlabeled_photos,
+)
 from d2ssl.data.datasets import ensure_registered, register_dataset
+from d2ssl.data.views import View
 from d2ssl.errors import D2SSLError
 
 
 @pytest.fixture
 def register(tmp_path):
     """Callable: name, classes -> a set of two photos whose labels take decoding; counts these."""
-    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    files = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    for file in files:
+        Image.new("RGB", (30, 20)).save(file)
     made = []
 
     def run(name, *classes):
@@ -25,7 +37,7 @@ def register(tmp_path):
             seen.decoded += 1
             return {**entry, "height": 20, "width": 30, "annotations": []}
 
-        dicts = [{"file_name": str(tmp_path / "a.png"), "image_id": i} for i in range(2)]
+        dicts = [{"file_name": file, "image_id": i} for i, file in enumerate(files)]
         register_dataset(name, lambda: dicts, decode, thing_classes=[*classes])
         made.append(name)
         return seen
@@ -38,11 +50,42 @@ def register(tmp_path):
 def test_masks_are_read_only_where_they_are_wanted(register):
     seen = register("lazy", "cat")
     ensure_registered(["lazy@1"])
-    assert count_photos(["lazy", "lazy@1"]) == 3
+    assert count_photos(["lazy"]) == 2
     photos = load_photos(["lazy"])
     assert [sorted(photo) for photo in photos] == [["file_name", "height", "image_id", "width"]] * 2
     assert (photos[0]["height"], photos[0]["width"]) == (20, 30) and seen.decoded == 0
     assert len(load_dicts(["lazy@1"])) == 1 and seen.decoded == 1
+
+
+def test_a_photo_of_two_sets_is_pretrained_on_once(tiny_cfg, caplog):
+    names = "balloon_demo_train@4", "balloon_demo_train"
+    cfg = tiny_cfg("SSL.DATASETS", str(names))
+    with caplog.at_level("INFO", "d2ssl"):
+        stream = build_pretrain_loader(pretrain_cfg(cfg), [View(32)], [], frozenset()).stream
+    files = [d["file_name"] for d in stream.dicts]
+    assert len(set(files)) == len(files) == count_photos(names) == 8
+    assert "4 photos are in SSL.DATASETS more than once" in caplog.text
+    assert len(unlabeled_photos(cfg)) == 4
+
+
+def test_a_size_that_is_not_the_photos_is_refused_before_training(tiny_cfg):
+    """As of photos that EXIF turns, whose labels are for the picture as it is stored."""
+
+    def load():
+        return [
+            {**d, "height": d["width"], "width": d["height"]}
+            for d in DatasetCatalog.get("balloon_demo_train")
+        ]
+
+    register_dataset("turned", load, thing_classes=["balloon"])
+    cfg = tiny_cfg("SSL.DATASETS", "('turned',)", "DATASETS.TRAIN", "('turned',)")
+    for build in (
+        lambda: build_pretrain_loader(pretrain_cfg(cfg), [View(32)], [], frozenset()),
+        lambda: build_finetune_loader(finetune_cfg(cfg)),
+    ):
+        with pytest.raises(D2SSLError, match="says 96 x 128, the photo has other proportions"):
+            build()
+    DatasetCatalog.remove("turned")
 
 
 def test_sizes_that_are_not_said_are_read(tmp_path):

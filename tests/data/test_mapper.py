@@ -244,8 +244,9 @@ def test_crops_are_cut_out_of_the_photo_as_it_is(tiny_cfg, kind):
 
 def test_photos_keep_their_size_where_nothing_scales_them(tiny_cfg):
     opts = ["SSL.ENABLED", "False", "INPUT.MIN_SIZE_TRAIN", "(0,)", "INPUT.MAX_SIZE_TRAIN", "999"]
-    item = build_finetune_loader(finetune_cfg(tiny_cfg(*opts))).stream[0]
-    assert sorted(item["image"].shape) == [3, 96, 128]
+    for jitter in ([], JITTER):
+        item = build_finetune_loader(finetune_cfg(tiny_cfg(*opts, *jitter))).stream[0]
+        assert sorted(item["image"].shape) == [3, 96, 128]
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from torchvision.transforms import functional
 from d2ssl.config import load_cfg
 from d2ssl.doctor import FAIL, OK, weights
 from d2ssl.engine import convert_weights
+from d2ssl.engine.weights_file import TORCHVISION
 from d2ssl.errors import D2SSLError
 from d2ssl.modeling.donors import find_donor, fold
 from tests.conftest import REPO
@@ -382,9 +383,13 @@ def test_a_file_of_detectron2_is_taken_as_the_config_says(command, nets, photo, 
         assert_same(detector_values(tmp_path / "out.pth", photo, *opts), expected)
     # What is given is folded as for any other:
     given = ["--format", "RGB", "--std", "58.395", "57.12", "57.375"]
-    code, out, err = command(tmp_path / "donor.pkl", tmp_path / "out.pth", *given, *DEPTH[18])
-    assert code == 0 and "INPUT.FORMAT RGB to BGR" in out, err
-    assert_same(detector_values(tmp_path / "out.pth", photo, *DEPTH[18]), expected)
+    # So is what d2ssl wrote into a trained detector's file.
+    content = {"model": under(prefix, state), "conventions": TORCHVISION}
+    trained = save(tmp_path / "model_result.pth", content)
+    for donor, options in ((tmp_path / "donor.pkl", given), (trained, [])):
+        code, out, err = command(donor, tmp_path / "out.pth", *options, *DEPTH[18])
+        assert code == 0 and "INPUT.FORMAT RGB to BGR" in out, err
+        assert_same(detector_values(tmp_path / "out.pth", photo, *DEPTH[18]), expected)
 
 
 def test_caffe2s_names_are_those_that_detectron2_reads(nets):

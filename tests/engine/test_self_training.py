@@ -132,6 +132,16 @@ def test_labels_there_and_back(labels_file):
     assert coco_mask.area(hidden) == 20 * 20
 
 
+def test_labels_find_their_photos_in_another_list(labels_file):
+    file, photos = labels_file
+    (found,) = read_labels(file, photos[::-1], side=1000)
+    assert found["file_name"] == photos[0]["file_name"]
+    for others in (photos[1:], [{**photos[0], "height": 1}]):
+        with pytest.raises(D2SSLError, match="is not among the photos to be labelled") as error:
+            read_labels(file, others, side=1000)
+        assert photos[0]["file_name"] in str(error.value) and "\n" not in str(error.value)
+
+
 def test_labels_are_scaled_with_the_photo(labels_file):
     file, photos = labels_file
     short = min(photos[0]["height"], photos[0]["width"])
