@@ -1,11 +1,20 @@
 """Fixtures for all tests."""
 
+import logging
 import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in one process a core
 
 import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def loggers():
+    """Detectron2's ``setup_logger``, which a run calls, keeps messages from whoever comes after."""
+    yield
+    for name in ("fvcore", "detectron2", "d2ssl"):
+        logging.getLogger(name).propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def test_each_process_gets_its_own_of_the_gpus_that_there_are(tmp_path, monkeypa
         (["SEEDZ", "3"], "key SEEDZ does not exist; the nearest is SEEDS"),
         (["--slurm", "partition=gpu"], "--slurm needs --cluster slurm"),
         (["--cluster", "slurm", "--slurm", "partition"], "--slurm partition: write KEY=VALUE"),
-        (["--report-only"], "scratch was not begun yet; leave --report-only out"),
+        (["--report-only"], "out: nothing was run here yet; leave --report-only out"),
         (["--cluster", "slurm", "--jobs", "0"], "--cluster slurm needs --jobs"),
     ],
 )
