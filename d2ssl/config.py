@@ -265,7 +265,8 @@ def load_cfg(config_file: str = "", opts=()) -> CN:
         raise D2SSLError(_explain(cfg, error)) from None
     except (TypeError, AttributeError):  # what Detectron2 makes of a yaml that has no keys
         raise D2SSLError(
-            f"--config-file {config_file}: no config; give a yaml of keys and values, see configs/"
+            f"--config-file {config_file}: cannot be read as a config; give a yaml of keys and "
+            "values, see configs/"
         ) from None
     if cfg.SEED < 0:
         cfg.SEED = 0  # an exact resume needs a seed

@@ -5,7 +5,7 @@ import glob
 import json
 import logging
 import os
-from typing import Dict
+from typing import Dict, List
 
 import torch
 from detectron2.evaluation import verify_results
@@ -99,8 +99,9 @@ def pretrain(cfg, resume: bool = False) -> None:
     """Pretrain and hand off."""
     stage = pretrain_cfg(cfg)
     if not (resume and _handed_off(cfg)):
+        _refuse_own_weights(cfg, stage, finetune_cfg(cfg))
         if not (resume and _begun(stage)):
-            _clear(cfg, stage)
+            _clear(stage)
         _train_pretext(cfg, stage, resume)
         gc.collect()  # a trainer and its hooks hold one another, and with them model and workers
         if comm.is_main_process():
@@ -110,7 +111,7 @@ def pretrain(cfg, resume: bool = False) -> None:
 
 def _train_pretext(cfg, stage, resume: bool) -> None:
     trainer = PretrainTrainer(stage, resume)
-    _clear(cfg, finetune_cfg(cfg))  # what is there was fine-tuned from other weights
+    _clear(finetune_cfg(cfg))  # what is there was fine-tuned from other weights
     trainer.register_hooks(
         [
             PutPictures.of_views(trainer),
@@ -130,7 +131,8 @@ def finetune(cfg, resume: bool = False) -> Dict:
             "SSL.ENABLED False"
         )
     if not (resume and _begun(stage)):
-        _clear(cfg, stage)
+        _refuse_own_weights(stage, stage)
+        _clear(stage)
     trainer = FinetuneTrainer(stage, resume)
     trainer.train()
     weights = trainer.save_weights("model_result")
@@ -179,25 +181,31 @@ def _begun(stage) -> bool:
     return os.path.isfile(os.path.join(stage.OUTPUT_DIR, "last_checkpoint"))
 
 
-def _clear(cfg, stage) -> None:
-    """A stage starts over: what an earlier run left of it is removed.
-
-    Raises:
-        D2SSLError: MODEL.WEIGHTS are among it.
-    """
-    pictures = ["matches.png", "reconstructions.png"]  # not every method has them
-    left = ["metrics.json", "last_checkpoint", "results.json", *pictures]
-    left += ["model_*.pth", "labels_*.json", "events.out.tfevents.*"]
-    folder = stage.OUTPUT_DIR
-    names = [name for pattern in left for name in glob.glob(pattern, root_dir=folder)]
-    paths = [os.path.join(folder, name) for name in names]
-    if os.path.realpath(cfg.MODEL.WEIGHTS) in map(os.path.realpath, paths):
-        raise D2SSLError(
-            f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} are an earlier run's, which would be removed; name "
-            "another OUTPUT_DIR"
-        )
+def _refuse_own_weights(cfg, *stages) -> None:
+    """Before anything is removed: MODEL.WEIGHTS must not be what a stage is about to replace."""
+    for stage in stages:
+        if os.path.realpath(cfg.MODEL.WEIGHTS) in map(os.path.realpath, _left(stage)):
+            raise D2SSLError(
+                f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} are an earlier run's, which would be removed; "
+                "name another OUTPUT_DIR"
+            )
     comm.synchronize()  # each process has looked
-    for path in paths if comm.is_main_process() else ():
+
+
+def _left(stage) -> List[str]:
+    """What an earlier run left of a stage that would be taken for this one's. Its checkpoints would
+    not, and are not lost by a command that is refused."""
+    pictures = ["matches.png", "reconstructions.png"]  # not every method has them
+    names = ["metrics.json", "last_checkpoint", "results.json", *pictures]
+    names += [f"model_{name}.pth" for name in ("pretrained", "result", "best")]
+    paths = [os.path.join(glob.escape(stage.OUTPUT_DIR), name) for name in
+             [*names, "labels_*.json", "events.out.tfevents.*"]]  # fmt: skip
+    return [path for pattern in paths for path in glob.glob(pattern)]
+
+
+def _clear(stage) -> None:
+    """A stage starts over."""
+    for path in _left(stage) if comm.is_main_process() else ():
         os.remove(path)
     comm.synchronize()
 

@@ -146,7 +146,7 @@ def test_missing_file_and_unknown_key_in_file(tmp_path):
         load_cfg(str(bad))
     for text in ("", "- a\n- b\n", "hello", "_BASE_: 5\n"):
         bad.write_text(text)
-        with pytest.raises(D2SSLError, match="bad.yaml: no config; give a yaml of keys and values"):
+        with pytest.raises(D2SSLError, match="bad.yaml: cannot be read as a config"):
             load_cfg(str(bad), PHOTOS)
     bad.write_text("SSL.REGISTER: ['my_photos:register_all']\n")
     with pytest.raises(D2SSLError, match="SSL.REGISTER: in a yaml .* SSL: {REGISTER: ..."):

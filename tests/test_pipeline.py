@@ -207,7 +207,7 @@ def test_a_run_resumed_at_its_end_hands_off_its_own_weights(tiny_cfg, tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(PretrainTrainer, "run_step", stop)
         pipeline.pretrain(tiny_cfg("SEED", "5"))
-    assert sorted(f.name for f in folder.glob("*.pth")) == ["model_0000001.pth"]
+    assert (folder / "model_final.pth").is_file()  # the older run's, which a refusal must not cost
     with pytest.raises(D2SSLError, match="holds 2 iterations, and MAX_ITER is 1: give as many"):
         pipeline.pretrain(tiny_cfg("SEED", "5", "SSL.SOLVER.MAX_ITER", "1"), resume=True)
     pipeline.pretrain(tiny_cfg("SEED", "5", "SSL.SOLVER.MAX_ITER", "2"), resume=True)

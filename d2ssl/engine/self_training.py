@@ -245,13 +245,15 @@ def read_labels(file: str, photos: Sequence[dict], side: float) -> List[dict]:
     for row in content["annotations"]:
         found.setdefault(row["image_id"], []).append(row)
     by_path = {os.path.abspath(photo["file_name"]): photo for photo in photos}
+    root = os.path.commonpath([os.path.dirname(path) for path in by_path]) if photos else ""
+    by_name = {os.path.relpath(path, root): photo for path, photo in by_path.items()}  # if moved
     dicts = []
     for image in content["images"]:
         rows = found.get(image["id"], [])
         if all(row["iscrowd"] for row in rows):
             continue
         path = os.path.join(content["info"]["image_root"], image["file_name"])
-        photo = by_path.get(os.path.normpath(path), {})
+        photo = by_path.get(os.path.normpath(path)) or by_name.get(image["file_name"], {})
         if any(photo.get(key) != image[key] for key in ("height", "width")):
             raise D2SSLError(
                 f"{file}: {path} of {image['width']} x {image['height']} px is not among the "

@@ -98,7 +98,13 @@ class Conductor:
         self.tasks = plan(study, self.lengths)
         self.outcomes = {task: task.recorded() for task in self.tasks}
         if not (call or any(self.outcomes.values())):
-            raise D2SSLError(f"{study.output}: nothing was run here yet; leave --report-only out")
+            other = any(os.path.isfile(task.result_file) for task in self.tasks)
+            raise D2SSLError(
+                f"{study.output}: what was run here was of other values or photos; give the same "
+                "overrides and data"
+                if other
+                else f"{study.output}: nothing was run here yet; leave --report-only out"
+            )
         left = [task for task in self.tasks if task.result() is None]
         needed = {task.needs for task in left}
         self.waiting = [task for task in left if isinstance(task, Run) or task in needed]
