@@ -178,9 +178,9 @@ def _difference(
         ``failed``: {arm: how many of its repeats did}, of this, the other and the control; and,
         where the other is the same without unlabelled photos, else None: ``control``: segm as above
         against the arm that spent the same time on fine-tuning, its name (no mean while it is not
-        finished) and what ``labelling``
-        added to the arm's own time, a share; ``verdict``; ``more``: repeats that it would take on
-        top of these to see ``study.effect``, None where that is not known or no number would do;
+        finished) and what ``labelling`` added to the arm's own time, a share; ``verdict``;
+        ``more``: repeats that it would take on top of these to see ``study.effect``, None where
+        that is not known or no number would do;
         ``worth``, see :func:`_worth`; ``blank``: neither has found anything, so there is nothing to
         compare.
     """

@@ -327,17 +327,13 @@ def _how_to_read(study: Study, found: dict, about: dict) -> str:
             f"With all {study.total} labels there is no choice of them: intervals say what other "
             "seeds and test photos would give."
         )
-    if _only_all(study):
-        pass
-    elif len(study.subsets) == 1:
+    if not _only_all(study):
         lines.append(
             "There is one subset of labels, so the intervals say what other seeds would give, not "
             "what other labels would."
-        )
-    else:
-        lines.append(
-            f"Subsets are drawn from the same {study.total} photos: the larger the budget, the "
-            "more they are alike."
+            if len(study.subsets) == 1
+            else f"Subsets are drawn from the same {study.total} photos: the larger the budget, "
+            "the more they are alike."
         )
     if len(about["devices"]) > 1:
         lines.append(

@@ -313,7 +313,6 @@ def _check(file: str, study: Study) -> None:
             and arm.cfg.DATASETS.TEST == arms[study.baseline].cfg.DATASETS.TEST,
             f"arm {arm.name}: DATASETS.TEST must be one set, the same in all arms",
         )
-        require(arm.cfg.SOLVER.MAX_ITER > 0, f"arm {arm.name}: SOLVER.MAX_ITER: give 1 or more")
     require(bool(study.budgets), "BUDGETS is empty; e.g. [8, 16]")
     for budget in study.budgets:
         require(
