@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Sequence
 
+import cv2
 import numpy as np
 import submitit
 import torch
@@ -43,7 +44,7 @@ def execute(task: Task, threads: int = 0) -> dict:
     """Do a task and keep its result; a failure is a result, too.
 
     Args:
-        threads: of PyTorch; 0: as it likes.
+        threads: see :func:`use_threads`.
     Returns:
         what ``result.json`` holds: ``key``; ``device``; ``failed``, None, or why there is nothing
         else; ``final``, whether there is no use in trying again; and
@@ -54,13 +55,19 @@ def execute(task: Task, threads: int = 0) -> dict:
           percent; ``matches`` {segm, bbox}, see :meth:`~d2ssl.evaluation.matches.Matches.to_json`;
           ``curve``: [iteration, segm AP, bbox AP] on the dev photos.
     """
-    if threads:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     os.makedirs(task.folder, exist_ok=True)
     with open(os.path.join(task.folder, "lock"), "w") as lock:
         # A process of an earlier command may be at it: jobs outlive what started them.
         fcntl.flock(lock, fcntl.LOCK_EX)
         return task.result() or _execute(task)
+
+
+def use_threads(number: int) -> None:
+    """Let PyTorch and OpenCV have so many threads in this process; 0: as many as they like."""
+    if number:
+        torch.set_num_threads(number)
+        cv2.setNumThreads(number)  # else a thread a core, in each of the processes
 
 
 def _execute(task: Task) -> dict:
@@ -175,7 +182,7 @@ class Launcher:
         at_once: processes at a time.
         gpus: GPUs of this machine, given to the processes in turn; on SLURM only whether there are
             any, one for each job.
-        threads: of each process; 0: as PyTorch likes.
+        threads: of each process, see :func:`use_threads`.
         slurm: options of SLURM without their prefix, e.g. {"partition": "gpu"}; None: processes on
             this machine.
     Raises:

@@ -19,7 +19,7 @@ from d2ssl.config import changed, finetune_cfg, pretrain_cfg
 from d2ssl.data.build import build_validation_batches, count_photos
 from d2ssl.engine.finetuning import FinetuneTrainer
 from d2ssl.engine.pretraining import PretrainTrainer
-from d2ssl.study.jobs import with_device
+from d2ssl.study.jobs import use_threads, with_device
 from d2ssl.study.plan import Arm, Pretraining, Run, Study, Task, config_key
 
 ON_CPU, ON_GPU = 7, 40  # iterations; a GPU's are short, but it takes more to come up to speed
@@ -30,8 +30,7 @@ START = 20  # seconds for a process to come up: imports, photos, weights
 def measure(arm: Arm, train: str, pretraining: bool, threads: int) -> Dict[str, float]:
     """In a process of its own: ``iteration``, seconds of one of pretraining or of fine-tuning, and,
     of fine-tuning, ``photo``, seconds of a photo at test."""
-    if threads:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         cfg = with_device(arm.cfg)
         cfg.defrost()

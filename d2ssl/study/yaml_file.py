@@ -236,6 +236,10 @@ def _device(base: str) -> str:
 
 def _arm_cfg(base: str, keys: Mapping[str, object], register) -> CfgNode:
     for key, value in keys.items():
+        if isinstance(value, str) and value.startswith("(") and not value.endswith(")"):
+            raise D2SSLError(
+                f'{key}: {value}: between braces yaml ends a value at its comma; quote it, "(1, 2)"'
+            )
         if not isinstance(key, str):
             raise D2SSLError(f"key {key}: give a config key, e.g. SOLVER.MAX_ITER")
         if isinstance(value, dict):

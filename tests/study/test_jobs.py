@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -53,6 +54,16 @@ def test_each_process_gets_its_own_of_the_gpus_that_there_are(tmp_path, monkeypa
     assert conduct._gpus() == [4, 6]
     with pytest.raises(D2SSLError, match="a job failed: ZeroDivisionError"):
         Launcher(str(tmp_path), 1).call(divmod, 1, 0)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_process_keeps_to_its_threads(number):
+    program = (
+        f"import cv2, torch; from d2ssl.study.jobs import use_threads; use_threads({number}); "
+        "print(torch.get_num_threads(), cv2.getNumThreads())"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert said.stdout.split() == [f"{number}"] * 2
 
 
 @pytest.mark.parametrize(
