@@ -11,6 +11,7 @@ import sys
 import cv2
 import pytest
 
+from d2ssl.config import finetune_cfg
 from tests.conftest import CONFIGS, REPO, TINY
 
 
@@ -187,6 +188,26 @@ def test_a_new_pretraining_is_not_answered_with_an_old_detector(tiny_cfg, tmp_pa
     lines = (tmp_path / "out/finetune/metrics.json").read_text().splitlines()
     iterations = [json.loads(line)["iteration"] for line in lines]
     assert iterations == sorted(set(iterations))  # of one run
+
+
+@pytest.mark.parametrize("of", ["pretrain/model_pretrained.pth", "finetune/model_result.pth"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "all"])
+def test_no_run_removes_the_weights_it_is_to_start_from(tiny_cfg, tmp_path, stage, of):
+    from d2ssl import pipeline
+    from d2ssl.errors import D2SSLError
+
+    left = [tmp_path / "out" / name for name in ("pretrain/model_pretrained.pth",
+            "finetune/model_result.pth", "finetune/metrics.json")]  # fmt: skip
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    cfg = tiny_cfg("MODEL.WEIGHTS", str(tmp_path / "out" / of), "SSL.ENABLED", stage != "finetune")
+    if stage == "finetune" and of.startswith("pretrain"):  # that is not what it replaces
+        pipeline._refuse_own_weights(cfg, finetune_cfg(cfg))
+        return
+    with pytest.raises(D2SSLError, match="an earlier run's, which would be removed; name another"):
+        pipeline.run(cfg, stage=stage)
+    assert all(path.exists() for path in left)
 
 
 def test_a_run_resumed_at_its_end_hands_off_its_own_weights(tiny_cfg, tmp_path, monkeypatch):

@@ -142,6 +142,16 @@ def test_labels_find_their_photos_in_another_list(labels_file):
         assert photos[0]["file_name"] in str(error.value) and "\n" not in str(error.value)
 
 
+def test_labels_follow_photos_that_moved(labels_file, tmp_path):
+    file, photos = labels_file
+    moved = [
+        {**photo, "file_name": str(tmp_path / "moved" / os.path.basename(photo["file_name"]))}
+        for photo in photos
+    ]
+    (found,) = read_labels(file, moved[::-1], side=1000)
+    assert found["file_name"] == moved[0]["file_name"] and len(found["annotations"]) == 1
+
+
 def test_labels_are_scaled_with_the_photo(labels_file):
     file, photos = labels_file
     short = min(photos[0]["height"], photos[0]["width"])
