@@ -106,6 +106,7 @@ VALUES = {
         f"SSL.{key}": (lambda v: 0 <= v <= 1, "a share of photos, 0 to 1")
         for key in ("FINETUNE.COPY_PASTE", "FINETUNE.STRONG", "SELF_TRAINING.STRONG")
     },
+    "SSL.FINETUNE.AUGMENT_UNTIL": (lambda v: 0 < v <= 1, "a share of the iterations, up to 1"),
     "SSL.FINETUNE.EMA_DECAY": (lambda v: 0 <= v <= 1, "0 to 1, e.g. 0.998"),
     "SSL.FINETUNE.SCALE_JITTER": (
         lambda v: not v or len(v) == 2 and 0 < v[0] <= v[1] < math.inf,
@@ -227,6 +228,8 @@ def add_ssl_config(cfg: CN) -> None:
     # Share of photos in other colours, half of them blurred, with a square cut out of half of the
     # objects.
     ssl.FINETUNE.STRONG = 0.0
+    # After this share of SOLVER.MAX_ITER photos are augmented as in stock, without these three.
+    ssl.FINETUNE.AUGMENT_UNTIL = 1.0
     ssl.FINETUNE.EMA_DECAY = 0.0  # e.g. 0.998: evaluate and save the averaged weights
     ssl.FINETUNE.VAL_LOSS = True  # with TEST.EVAL_PERIOD: the losses on the test or dev photos
     # A set apart from the test set. Where one is named, TEST.EVAL_PERIOD evaluates it, and

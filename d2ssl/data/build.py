@@ -222,6 +222,10 @@ def build_finetune_loader(cfg) -> StreamLoader:
     # What is left of a covered object is pixels.
     masks = "bitmask" if cfg.SSL.FINETUNE.COPY_PASTE > 0 else mask_format(cfg, dicts)
     mapper = DetectionMapper(cfg, store.get, mask_format=masks, others=dicts)
+    later, share = None, cfg.SSL.FINETUNE.AUGMENT_UNTIL
+    if share < 1:
+        stock = DetectionMapper(_with_stock_augmentation(cfg), store.get, mask_format=masks)
+        later = round(share * cfg.SOLVER.MAX_ITER), stock
     loading, batch_size = cfg.DATALOADER, cfg.SOLVER.IMS_PER_BATCH
     return StreamLoader(
         dicts,
@@ -231,7 +235,18 @@ def build_finetune_loader(cfg) -> StreamLoader:
         loading.NUM_WORKERS,
         build_order(cfg, dicts),
         one_shape=loading.ASPECT_RATIO_GROUPING,
+        later=later,
     )
+
+
+def _with_stock_augmentation(cfg):
+    """As it is once ``SSL.FINETUNE.AUGMENT_UNTIL`` has come."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    options = cfg.SSL.FINETUNE
+    options.SCALE_JITTER, options.COPY_PASTE, options.STRONG = (), 0.0, 0.0
+    cfg.freeze()
+    return cfg
 
 
 def _with_small_masks(dicts: List[dict], side: float) -> List[dict]:

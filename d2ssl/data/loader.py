@@ -10,8 +10,9 @@ index.
 
 import contextlib
 import functools
+import math
 import random
-from typing import Callable, List, Optional, Sequence
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -39,7 +40,11 @@ def random_state(*key: int):
 
 
 class PhotoStream(Dataset):
-    """Position in the stream -> what ``mapper`` makes of that photo, under its own random state."""
+    """Position in the stream -> what ``mapper`` makes of that photo, under its own random state.
+
+    Args:
+        later: (position, mapper): from there on another mapper.
+    """
 
     def __init__(
         self,
@@ -47,16 +52,19 @@ class PhotoStream(Dataset):
         mapper: Callable,
         seed: int,
         order: Optional[Order] = None,
+        later: Optional[Tuple[int, Callable]] = None,
     ):
         if not dataset_dicts:
             raise D2SSLError("the data set has no photo to train on")
         self.dicts, self.mapper, self.seed = dataset_dicts, mapper, seed
         self.order = order or functools.partial(photo_at, num_photos=len(dataset_dicts), seed=seed)
+        self.switches_at, self.later_mapper = later or (math.inf, mapper)
 
     def __getitem__(self, position: int) -> dict:
         index = self.order(position)
+        mapper = self.mapper if position < self.switches_at else self.later_mapper
         with random_state(self.seed, 1, position):  # 1: apart from the permutations' states
-            return {**self.mapper(self.dicts[index]), "index": index, "position": position}
+            return {**mapper(self.dicts[index]), "index": index, "position": position}
 
 
 class _Positions:
@@ -84,6 +92,7 @@ class StreamLoader:
         batch_size: photos a step, over all processes.
         order: which photo stands where; default: one permutation after another.
         one_shape: no batch has both landscape and portrait photos.
+        later: (iteration, mapper): from there on another mapper.
     """
 
     def __init__(
@@ -95,6 +104,7 @@ class StreamLoader:
         num_workers: int = 0,
         order: Optional[Order] = None,
         one_shape: bool = False,
+        later: Optional[Tuple[int, Callable]] = None,
     ):
         world = comm.get_world_size()
         if batch_size < world or batch_size % world:
@@ -104,12 +114,13 @@ class StreamLoader:
             )
         self.mapper, self.seed, self.one_shape = mapper, seed, one_shape
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.later = later and (later[0] * batch_size, later[1])
         self.start_iter = 0
         self.switch_to(dataset_dicts, order)
 
     def switch_to(self, dataset_dicts: Sequence[dict], order: Optional[Order] = None) -> None:
         """Read these photos in this order, from the next batch on."""
-        self.stream = PhotoStream(dataset_dicts, self.mapper, self.seed, order)
+        self.stream = PhotoStream(dataset_dicts, self.mapper, self.seed, order, self.later)
         if self.one_shape:
             grouped = batches_of_one_shape(self.stream.order, dataset_dicts, self.batch_size)
             self.stream.order = grouped

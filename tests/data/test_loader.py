@@ -104,6 +104,25 @@ def test_photos_are_switched_at_the_next_batch(num_workers):
     assert list(itertools.islice(resumed, 2)) == after[1:]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_another_mapper_from_an_iteration_on(num_workers):
+    def later(photo):
+        return {**draw(photo), "later": True}
+
+    kwargs = {"num_workers": num_workers, "later": (4, later)}
+    found = batches(7, **kwargs)
+    assert [["later" in row for row in batch] for batch in found] == [[False] * 3] * 4 + [
+        [True] * 3
+    ] * 3
+    assert found[5:] == batches(2, start=5, **kwargs)
+    plain = [{k: v for k, v in row.items() if k != "later"} for batch in found for row in batch]
+    assert plain == [row for batch in batches(7) for row in batch]  # the same draws
+    loader = StreamLoader(DICTS, draw, batch_size=3, seed=5, later=(4, later))
+    loader.switch_to(DICTS[:2])
+    loader.start_iter = 3
+    assert ["later" in batch[0] for batch in itertools.islice(loader, 2)] == [False, True]
+
+
 def test_a_photo_is_drawn_anew_each_time_and_seeds_differ():
     seen = [x["draws"] for batch in batches(20) for x in batch]
     assert len(set(seen)) == len(seen)

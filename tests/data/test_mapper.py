@@ -490,6 +490,22 @@ def same(a, b):
     )
 
 
+def test_augmentation_ends_where_it_is_to(tiny_cfg, coloured_set):
+    """Factors up to 1: photos are in memory as large as without."""
+    added = ["SSL.FINETUNE.SCALE_JITTER", "(0.5,1.0)", "SSL.FINETUNE.COPY_PASTE", "1.0",
+             "SSL.FINETUNE.STRONG", "1.0", "INPUT.MASK_FORMAT", "bitmask"]  # fmt: skip
+    cfgs = added, [*added, "SSL.FINETUNE.AUGMENT_UNTIL", "0.6"], added[-2:]
+    always, until, never = (
+        build_finetune_loader(coloured_cfg(tiny_cfg, "SOLVER.MAX_ITER", "10", *opts)).stream
+        for opts in cfgs
+    )
+    for position in range(0, 12):  # iterations of 2 photos; the first 6 of 10
+        same(until[position], always[position])
+    for position in range(12, 20):
+        same(until[position], never[position])
+        assert not torch.equal(until[position]["image"], always[position]["image"])
+
+
 def test_position_alone_decides_what_is_pasted(tiny_cfg, coloured_set):
     loader = build_finetune_loader(
         coloured_cfg(tiny_cfg, *JITTER, "SSL.FINETUNE.COPY_PASTE", "0.5")
