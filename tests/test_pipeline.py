@@ -82,7 +82,7 @@ def test_the_readmes_way_to_use_the_detector(whole_job, demo_root):
     names: dict = {}
     exec(code.replace("photo.jpg", str(photo)), names)
     found = names["found"]
-    assert found.has("pred_masks") and len(found) == (found.scores > 0.5).sum()
+    assert found.has("pred_masks") and len(found) == (found.scores > 0.9).sum()
     assert found.image_size == cv2.imread(str(photo)).shape[:2]
 
 

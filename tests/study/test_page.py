@@ -7,7 +7,7 @@ import re
 import pytest
 
 from d2ssl.study import plots
-from d2ssl.study.findings import Results, findings
+from d2ssl.study.findings import Results, findings, gain
 from d2ssl.study.page import markdown, write_study
 from d2ssl.study.plan import Run, plan
 from d2ssl.study.yaml_file import read_study
@@ -91,6 +91,46 @@ def test_no_two_arms_look_alike():
     assert len({tuple(look.values()) for look in plots.looks(names).values()}) == 14
 
 
-def test_the_readme_says_what_the_committed_study_does():
-    found = json.loads((REPO / "docs/results/balloon_study.json").read_text())
-    assert markdown(found) in (REPO / "README.md").read_text()
+def committed(study):
+    return json.loads((REPO / f"docs/results/{study}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "study, page",
+    [
+        ("balloon_study", "README.md"),
+        ("self_training", "docs/experiments.md"),
+        ("self_training_pennfudan", "docs/experiments.md"),
+        ("pennfudan_choice", "docs/experiments.md"),
+    ],
+)
+def test_the_docs_say_what_the_committed_study_does(study, page):
+    assert markdown(committed(study)) in (REPO / page).read_text()
+
+
+def test_the_readmes_table_of_what_paid():
+    studies = committed("self_training"), committed("self_training_pennfudan")
+
+    def ap(budgets):
+        cells = [
+            next(c for c in study["cells"] if (c["arm"], c["budget"]) == ("imagenet", budget))
+            for study, budget in zip(studies, budgets)
+        ]
+        return [f"{cell['segm']['mean']:.1f}" for cell in cells]
+
+    def over(arm):
+        found = [
+            next(d["segm"] for d in study["differences"] if (d["arm"], d["budget"]) == (arm, 16))
+            for study in studies
+        ]
+        return [f"{gain(estimate)} ({estimate['units']})" for estimate in found]
+
+    rows = {
+        "this yaml's fine-tuning": ap((16, 16)),
+        "Detectron2's own instead": over("stock"),
+        "with self-training on the other photos": over("imagenet+self"),
+        "all 61 or 136 labelled": ap((61, 136)),
+    }
+    text = (REPO / "README.md").read_text()
+    for name, values in rows.items():
+        assert f"| {name} | {' | '.join(values)} |" in text
