@@ -228,7 +228,7 @@ def add_ssl_config(cfg: CN) -> None:
     # Share of photos in other colours, half of them blurred, with a square cut out of half of the
     # objects.
     ssl.FINETUNE.STRONG = 0.0
-    # After this share of SOLVER.MAX_ITER photos are augmented as in stock, without these three.
+    # Share of SOLVER.MAX_ITER after which these three end; SELF_TRAINING.STRONG goes on.
     ssl.FINETUNE.AUGMENT_UNTIL = 1.0
     ssl.FINETUNE.EMA_DECAY = 0.0  # e.g. 0.998: evaluate and save the averaged weights
     ssl.FINETUNE.VAL_LOSS = True  # with TEST.EVAL_PERIOD: the losses on the test or dev photos

@@ -63,7 +63,9 @@ def write_study(
     if results.done and results.num_photos > FEW_PHOTOS:  # each run's own file has them
         kept = [{k: v for k, v in run.items() if k != "matches"} for run in known]
     files: Dict[str, bytes] = {
-        "study.json": json.dumps({**about, **found, "runs": kept}, allow_nan=False).encode(),
+        "study.json": json.dumps(
+            {**about, **found, "runs": kept}, allow_nan=False, separators=(",", ":")
+        ).encode(),
         "runs.csv": _csv(known).encode(),
         "study.md": markdown(found).encode(),
     }
