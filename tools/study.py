@@ -16,6 +16,7 @@ study.md         it as a table and sentences
 study.json       all numbers, with the command, the versions and what each detection matched
 runs.csv         a row a run
 curve.png        AP over labels
+differences.png  with and without, of each repeat and in the mean
 final/           for each arm a config that trains it on all labels
 runs/ARM/BUDGET/subsetS-seedN/      log.txt, config.yaml, finetune/metrics.json of a run
 pretraining/ARM/seedN/              shared by the runs that start from it

@@ -71,19 +71,25 @@ class Results:
         return self._estimate([(arm, 1), (other, -1)], budget, what)
 
     def _estimate(self, terms, budget: int, what: str) -> Optional[Estimate]:
-        repeats = set.intersection(*(set(self.runs(arm, budget)) for arm, _ in terms))
-        if not repeats:
+        values = self._values(terms, budget, what)
+        if not values:
             return None
-        repeats = sorted(repeats, key=str)
-        values = {
-            r: sum(sign * self.runs(arm, budget)[r]["ap"][what] for arm, sign in terms)
-            for r in repeats
-        }
         redrawn = {
-            r: sum(sign * self._draws(arm, budget, r, what) for arm, sign in terms) for r in repeats
+            r: sum(sign * self._draws(arm, budget, r, what) for arm, sign in terms) for r in values
         }
-        units = {r: self.study.unit(budget, *r) for r in repeats}
+        units = {r: self.study.unit(budget, *r) for r in values}
         return self.boot.mean(values, redrawn, units)
+
+    def each_difference(self, arm: str, other: str, budget: int, what: str) -> Dict[Tuple, float]:
+        """(subset, seed) -> AP of an arm minus that of another, where both have finished."""
+        return self._values([(arm, 1), (other, -1)], budget, what)
+
+    def _values(self, terms, budget: int, what: str) -> Dict[Tuple, float]:
+        repeats = set.intersection(*(set(self.runs(arm, budget)) for arm, _ in terms))
+        return {
+            r: sum(sign * self.runs(arm, budget)[r]["ap"][what] for arm, sign in terms)
+            for r in sorted(repeats, key=str)
+        }
 
     def _draws(self, arm: str, budget: int, repeat: Tuple, what: str) -> np.ndarray:
         key = (arm, budget, repeat, what)
@@ -175,23 +181,25 @@ def _difference(
 
     Returns:
         arm, against, budget; ``segm``, ``bbox``: mean, interval, run_sd, photo_se, units;
-        ``failed``: {arm: how many of its repeats did}, of this, the other and the control; and,
-        where the other is the same without unlabelled photos, else None: ``control``: segm as above
-        against the arm that spent the same time on fine-tuning, its name (no mean while it is not
-        finished) and what ``labelling`` added to the arm's own time, a share; ``verdict``;
-        ``more``: repeats that it would take on top of these to see ``study.effect``, None where
-        that is not known or no number would do;
+        ``each``: [subset, seed, segm, bbox] of each repeat; ``failed``: {arm: how many of its
+        repeats did}, of this, the other and the control; and, where the other is the same without
+        unlabelled photos, else None: ``control``: segm as above against the arm that spent the same
+        time on fine-tuning, its name (no mean while it is not finished) and what ``labelling``
+        added to the arm's own time, a share; ``verdict``; ``more``: repeats that it would take on
+        top of these to see ``study.effect``, None where that is not known or no number would do;
         ``worth``, see :func:`_worth`; ``blank``: neither has found anything, so there is nothing to
         compare.
     """
     both = {what: results.difference(arm, other, budget, what) for what in TASKS}
     if not both["segm"]:
         return None
+    segm, bbox = (results.each_difference(arm, other, budget, what) for what in TASKS)
     name = study.control(study.arms[arm], budget) if study.arms[arm].uses_unlabeled else ""
     failed = {a: len(results.failures(a, budget)) for a in (arm, other, name)}
     failed = {a: number for a, number in failed.items() if number}
     found = {"arm": arm, "against": other, "budget": budget, "failed": failed,
              **{what: _plain(estimate) for what, estimate in both.items()},
+             "each": [[*repeat, value, bbox[repeat]] for repeat, value in segm.items()],
              "control": None, "verdict": None, "more": None, "worth": None,
              "blank": False}  # fmt: skip
     if not study.arms[arm].uses_unlabeled or other != study.without(study.arms[arm]):

@@ -1,5 +1,5 @@
 """A study as files: one page that answers, the answer in Markdown, all numbers as JSON, a row a run
-as CSV, a figure."""
+as CSV, two figures."""
 
 import csv
 import io
@@ -45,8 +45,8 @@ def write_study(
     outcomes: Mapping[Task, Optional[dict]],
     command: str,
 ) -> str:
-    """Write ``study.html``, ``study.md``, ``study.json``, ``runs.csv`` and ``curve.png``, and for
-    each arm ``final/<arm>.yaml``, which trains it on all labels.
+    """Write ``study.html``, ``study.md``, ``study.json``, ``runs.csv``, ``curve.png`` and
+    ``differences.png``, and for each arm ``final/<arm>.yaml``, which trains it on all labels.
 
     Args:
         found: see :func:`~d2ssl.study.findings.findings`.
@@ -73,6 +73,10 @@ def write_study(
         files[_final(run.arm)] = on_all_labels(study, run).dump().encode()
     if found["cells"]:
         files["curve.png"] = plots.plot_efficiency(found["cells"], list(study.arms), "png")
+    if found["differences"]:
+        files["differences.png"] = plots.plot_differences(
+            found["differences"], list(study.arms), "png"
+        )
     for name, content in files.items():
         with atomic_open(os.path.join(study.output, name), "wb") as file:
             file.write(content)
@@ -204,7 +208,7 @@ def _sections(study: Study, results: Results, found: dict, about: dict, runs) ->
                       ("Boxes", plots.plot_efficiency(found["cells"], arms, what="bbox"))]),
         _ap_table(found),
         pieces.heading("With and without", 2),
-        _one("Paired difference",
+        _one("Paired difference, and above it that of each repeat",
              plots.plot_differences(found["differences"], arms)),
         _difference_table(found),
         _how_to_read(study, found, about),

@@ -59,8 +59,14 @@ def plot_efficiency(
         return svg(figure) if kind == "svg" else _png(figure)
 
 
-def plot_differences(differences: Sequence[dict], arms: Sequence[str]) -> bytes:
-    """Segm AP over another arm with its interval, a row a difference; SVG, empty without any."""
+def plot_differences(differences: Sequence[dict], arms: Sequence[str], kind: str = "svg") -> bytes:
+    """Segm AP over another arm with its interval, a row a difference, and above it each repeat
+    that it is the mean of; empty without any difference.
+
+    Args:
+        differences: see :func:`~d2ssl.study.findings.findings`.
+        kind: "svg", transparent; or "png", on white.
+    """
     rows = list(reversed(differences))
     if not rows:
         return b""
@@ -70,15 +76,17 @@ def plot_differences(differences: Sequence[dict], arms: Sequence[str]) -> bytes:
         axes.axvline(0, color=GREY, linewidth=0.8)
         for y, row in enumerate(rows):
             color, segm = looks(arms)[row["arm"]]["color"], row["segm"]
+            each = [value for _, _, value, _ in row["each"]]
+            axes.plot(each, [y + 0.2] * len(each), "o", color=color, alpha=0.5, markersize=4, mew=0)
             if segm["interval"]:
                 axes.plot(segm["interval"], [y, y], color=color, linewidth=1.6)
-            axes.plot(segm["mean"], y, "o", color=color, markersize=5)
+            axes.plot(segm["mean"], y, "o", color=color, markersize=6)
         labels = [f"{r['arm']} over {r['against']}, {r['budget']} labels" for r in rows]
         axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel("difference in segm AP")
         tidy(axes, "x")
-        return svg(figure)
+        return svg(figure) if kind == "svg" else _png(figure)
 
 
 def plot_panels(

@@ -48,6 +48,11 @@ def test_means_and_paired_differences(make):
     difference = of(found["differences"], "soco", 3)
     assert difference["segm"]["mean"] == pytest.approx(np.mean(pairs))
     assert difference["segm"]["run_sd"] == pytest.approx(np.std(pairs, ddof=1))
+    assert [row[:2] for row in difference["each"]] == [[0, 0], [1, 1], [2, 2]]
+    assert [row[2] for row in difference["each"]] == pytest.approx(pairs)
+    assert np.mean([row[3] for row in difference["each"]]) == pytest.approx(
+        difference["bbox"]["mean"]
+    )
     control = [ap_of(12) - ap_of(4), ap_of(12) - ap_of(5), ap_of(13) - ap_of(5)]
     assert difference["control"]["mean"] == pytest.approx(np.mean(control))
     assert of(found["differences"], "longer", 3)["control"] is None

@@ -42,7 +42,7 @@ def test_from_the_dry_run_to_the_answer(study):
     # The page is one file, and the bulk of a run is removed.
     page = (out / "study.html").read_text()
     assert "soco with 3 labels" in page and 'src="http' not in page
-    assert (out / "curve.png").stat().st_size > 5000
+    assert all((out / f"{name}.png").stat().st_size > 5000 for name in ("curve", "differences"))
     for arm in ("scratch", "soco", "longer"):
         assert f"tools/train_net.py --config-file out/final/{arm}.yaml" in page
         assert (out / "final" / f"{arm}.yaml").is_file()
