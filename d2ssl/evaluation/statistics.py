@@ -23,7 +23,8 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 from scipy.stats import chi2, t
 
-DRAWS = 2000
+DRAWS = 2000  # of the photos
+REPEAT = 20  # draws of the runs to each: tails as heavy as those of few runs take many
 LEVEL = 0.95
 
 
@@ -31,12 +32,13 @@ LEVEL = 0.95
 class Estimate:
     """A mean over runs, and what else it might as well have been.
 
-    draws: DRAWS values, scattered around ``mean`` as the truth may be.
+    draws: DRAWS * REPEAT values, scattered around ``mean`` as the truth may be.
     units: independent repeats behind it: the subsets of labels, or the seeds where there is one
         subset.
     run_sd: standard deviation from unit to unit, that of photos they differ on included; None for
         one unit.
     photo_se: standard error due to the choice of test photos that all units share: it stays.
+    photos: of the test.
     """
 
     mean: float
@@ -44,6 +46,7 @@ class Estimate:
     units: int
     run_sd: Optional[float]
     photo_se: float
+    photos: int
 
     @property
     def interval(self) -> Optional[Tuple[float, float]]:
@@ -63,15 +66,16 @@ class Bootstrap:
 
     Args:
         num_photos: P test photos.
+        draws: of the photos.
         seed: of the draws; the same one gives the same intervals.
     """
 
     def __init__(self, num_photos: int, draws: int = DRAWS, seed: int = 0):
         random = np.random.default_rng(seed)
-        self.seed, self.size, self.num_photos = seed, draws, num_photos
+        self.seed, self.size, self.num_photos = seed, draws * REPEAT, num_photos
         # How often each photo is taken: DRAWS x P.
         self.photos = random.multinomial(num_photos, [1 / num_photos] * num_photos, size=draws)
-        self._luck = random.uniform(size=(2, draws))
+        self._luck = random.uniform(size=(2, self.size))
 
     def multipliers(self, run: Hashable) -> np.ndarray:
         """N(0, 1) of a run, the same wherever that run appears."""
@@ -111,7 +115,7 @@ class Bootstrap:
                 moved += multiplier * (means[unit] - mean)
             draws += moved / math.sqrt(n * (n - 1)) * self._spread(0, n)
         if self.num_photos == 1:
-            return Estimate(mean, draws, n, sd, 0.0)
+            return Estimate(mean, draws, n, sd, 0.0, self.num_photos)
         each = np.array([np.mean([redrawn[r] for r in runs], axis=0) for runs in units.values()])
         each = each - np.nanmean(each, axis=1, keepdims=True)
         each = np.nan_to_num(each)  # a draw of photos without any object
@@ -120,8 +124,8 @@ class Bootstrap:
         of_one, of_mean = each.var(axis=1).mean(), each.mean(0).var()
         shared = max(0.0, (n * of_mean - of_one) / (n - 1)) if n > 1 else of_mean
         part = math.sqrt(shared / of_mean) if of_mean else 0.0
-        draws += part * each.mean(0) * self._spread(1, self.num_photos)
-        return Estimate(mean, draws, n, sd, math.sqrt(shared))
+        draws += part * np.tile(each.mean(0), REPEAT) * self._spread(1, self.num_photos)
+        return Estimate(mean, draws, n, sd, math.sqrt(shared), self.num_photos)
 
 
 def labels_worth(
@@ -155,8 +159,10 @@ def seeds_needed(
 ) -> Optional[int]:
     """How many units (subsets, or seeds of one subset) it takes to see a difference.
 
-    See: the interval leaves out 0 in 80 of 100 studies if the true difference is ``effect``. From
-    few units this is itself a rough figure: their standard deviation is.
+    See: the interval leaves out 0 in 80 of 100 studies if the true difference is ``effect``. The
+    doubt of the units and that of the photos have each its own degrees of freedom, together those
+    of Welch and Satterthwaite. From few units this is itself a rough figure: their standard
+    deviation is.
 
     Returns:
         units in all; None where the variance is unknown (one unit), or where more would not do:
@@ -165,8 +171,15 @@ def seeds_needed(
     if estimate.run_sd is None:
         return None
     n = np.arange(2, most + 1)
-    error = np.sqrt(estimate.run_sd**2 / n + estimate.photo_se**2)
-    enough = (t.ppf((1 + LEVEL) / 2, n - 1) + t.ppf(power, n - 1)) * error <= effect
+    of_units, of_photos = estimate.run_sd**2 / n, estimate.photo_se**2
+    freedom = n - 1
+    if of_photos:
+        weighted = of_units**2 / (n - 1) + of_photos**2 / (estimate.photos - 1)
+        freedom = (of_units + of_photos) ** 2 / weighted
+    least = (t.ppf((1 + LEVEL) / 2, freedom) + t.ppf(power, freedom)) * np.sqrt(
+        of_units + of_photos
+    )
+    enough = least <= effect
     return int(n[enough.argmax()]) if enough.any() else None
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from d2ssl.evaluation.matches import TASKS, Matches
 from d2ssl.evaluation.statistics import (
+    PAYS,
     UNKNOWN,
     Bootstrap,
     Estimate,
@@ -21,6 +22,7 @@ from d2ssl.study.plan import Study
 THRESHOLDS = [round(0.05 * i, 2) for i in range(1, 20)]  # of the score
 NOTHING = 1.0  # AP: detectors that are all below have found nothing that could be compared
 CHANGED_PHOTOS, CHANGED_BY = 6, 5.0  # AP of a photo, at least
+FEW = 5  # units; what fewer share by the test photos is hardly known
 MANY = 100  # repeats; how many more it would take is a rough figure, and beyond this none at all
 
 
@@ -64,30 +66,39 @@ class Results:
     def ap(self, arm: str, budget: int, what: str, beside: str = "") -> Optional[Estimate]:
         """Mean AP of an arm, over the repeats that ``beside`` has finished too, where it is given;
         None without one."""
-        return self._estimate([(arm, 1), (beside or arm, 0)], budget, what)
+        return self._estimate([(arm, budget, 1), (beside or arm, budget, 0)], what)
 
     def difference(self, arm: str, other: str, budget: int, what: str) -> Optional[Estimate]:
         """AP of an arm minus that of another, over the repeats that both have finished."""
-        return self._estimate([(arm, 1), (other, -1)], budget, what)
+        return self._estimate([(arm, budget, 1), (other, budget, -1)], what)
 
-    def _estimate(self, terms, budget: int, what: str) -> Optional[Estimate]:
-        values = self._values(terms, budget, what)
+    def rise(self, arm: str, budget: int, to: int, what: str) -> Optional[Estimate]:
+        """AP of an arm with ``to`` labels minus that with ``budget``, over the repeats that both
+        have finished; None without one, and with all labels, where there is no choice of them that
+        both could share."""
+        if self.study.total in (budget, to):
+            return None
+        return self._estimate([(arm, to, 1), (arm, budget, -1)], what)
+
+    def _estimate(self, terms, what: str) -> Optional[Estimate]:
+        values = self._values(terms, what)
         if not values:
             return None
         redrawn = {
-            r: sum(sign * self._draws(arm, budget, r, what) for arm, sign in terms) for r in values
+            r: sum(sign * self._draws(arm, budget, r, what) for arm, budget, sign in terms)
+            for r in values
         }
-        units = {r: self.study.unit(budget, *r) for r in values}
+        units = {r: self.study.unit(terms[0][1], *r) for r in values}
         return self.boot.mean(values, redrawn, units)
 
     def each_difference(self, arm: str, other: str, budget: int, what: str) -> Dict[Tuple, float]:
         """(subset, seed) -> AP of an arm minus that of another, where both have finished."""
-        return self._values([(arm, 1), (other, -1)], budget, what)
+        return self._values([(arm, budget, 1), (other, budget, -1)], what)
 
-    def _values(self, terms, budget: int, what: str) -> Dict[Tuple, float]:
-        repeats = set.intersection(*(set(self.runs(arm, budget)) for arm, _ in terms))
+    def _values(self, terms, what: str) -> Dict[Tuple, float]:
+        repeats = set.intersection(*(set(self.runs(arm, budget)) for arm, budget, _ in terms))
         return {
-            r: sum(sign * self.runs(arm, budget)[r]["ap"][what] for arm, sign in terms)
+            r: sum(sign * self.runs(arm, budget)[r]["ap"][what] for arm, budget, sign in terms)
             for r in sorted(repeats, key=str)
         }
 
@@ -207,6 +218,9 @@ def _difference(
     if max(results.ap(a, budget, "segm").mean for a in (arm, other)) < NOTHING:
         return {**found, "verdict": UNKNOWN, "blank": True}
     control = results.difference(arm, name, budget, "segm") if name else None
+    said = verdict(both["segm"], control, study.least)
+    if said == PAYS and arm in failed:
+        said = UNKNOWN  # the runs that are left are the lucky ones
     return {
         **found,
         "control": name
@@ -215,7 +229,7 @@ def _difference(
             "labelling": _labelling(results, arm, budget),
             **(_plain(control) if control else {}),
         },
-        "verdict": verdict(both["segm"], control, study.least),
+        "verdict": said,
         "more": _more(study, both["segm"], control),
         "worth": _worth(study, results, arm, other, budget),
     }
@@ -249,12 +263,20 @@ def _worth(study: Study, results: Results, arm: str, other: str, budget: int) ->
     budgets = [b for b in study.budgets if results.runs(other, b)]
     if len(budgets) < 2:
         return None
-    # Of the same repeats, as the difference is.
-    own = results.ap(arm, budget, "segm", beside=other)
-    curve = [results.ap(other, b, "segm", beside=arm if b == budget else "") for b in budgets]
-    values = list(labels_worth(np.array([own.mean]), budgets, [[e.mean] for e in curve]))
-    if all(e.units > 1 for e in [own, *curve]):
-        values += interval(labels_worth(own.draws, budgets, [e.draws for e in curve]))
+    # The arm's AP is the other's and what it gained, of the same repeats, and the curve goes
+    # through the other's: else what both sides share would put the gain in doubt.
+    base = results.ap(other, budget, "segm", beside=arm)
+    gained = results.difference(arm, other, budget, "segm")
+    rises = {b: results.rise(other, budget, b, "segm") for b in budgets if b != budget}
+    curve = [
+        [base] if b == budget else [base, rises[b]] if rises[b] else [results.ap(other, b, "segm")]
+        for b in budgets
+    ]
+    means = [[sum(part.mean for part in parts)] for parts in curve]
+    values = list(labels_worth(np.array([base.mean + gained.mean]), budgets, means))
+    if all(part.units > 1 for parts in [[gained], *curve] for part in parts):
+        draws = [sum(part.draws for part in parts) for parts in curve]
+        values += interval(labels_worth(base.draws + gained.draws, budgets, draws))
     labels = [None if math.isinf(v) else float(v) for v in values]
     return {"labels": labels, "between": [budgets[0], budgets[-1]]}
 
@@ -338,6 +360,9 @@ def sentence(study: Study, difference: dict) -> str:
         )
     worth, control = describe_worth(d["worth"]), d["control"]
     one_choice = len(study.subsets) == 1 and d["budget"] < study.total
+    planned = len(study.subsets) * study.seeds
+    failed = sum(d["failed"].get(arm, 0) for arm in (d["arm"], d["against"]))
+    unfinished = len(d["each"]) + failed < planned
     parts = [
         f"{d['arm']} with {d['budget']} labels: {d['verdict']}. {gain(d['segm'])} segm AP over "
         f"{d['against']}, {_describe_control(d)}",
@@ -348,6 +373,7 @@ def sentence(study: Study, difference: dict) -> str:
         else "all of one choice of the labels"
         if one_choice
         else "",
+        f"{len(d['each'])} of {planned} repeats so far" if unfinished else "",
     ]
     is_open = d["verdict"] == UNKNOWN and control and "mean" in control
     power = describe_power(study, d) if is_open else ""
@@ -405,7 +431,10 @@ def describe_power(study: Study, difference: dict) -> str:
     if segm["run_sd"] is None:
         return f"One {repeat} cannot say how many it takes to see {what}."
     if more is None:
-        return f"No number of {repeat}s would show {what}: what the test photos leave open is more."
+        no = "No" if segm["units"] >= FEW else f"As far as {segm['units']} {repeat}s can say, no"
+        return (
+            f"{no} number of {repeat}s would show {what}: what the test photos leave open is more."
+        )
     if more == 0:
         return f"{segm['units']} {repeat}s are enough to see {what}."
     return (

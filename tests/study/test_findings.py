@@ -192,6 +192,47 @@ def test_labels_are_worth_what_the_same_repeats_say(make):
     assert difference["segm"]["mean"] < 0 and difference["worth"]["labels"][0] == 0
 
 
+def test_worth_and_verdict_agree(make):
+    """It finds a little more than the other in each pair, whatever that finds: beyond chance, so
+    worth more labels than it had beyond chance, too."""
+    table = {("scratch", 3): [2, 5, 9], ("soco", 3): [3, 6, 10], ("longer", 3): [2, 5, 9],
+             ("scratch", 6): [9, 10, 12]}  # fmt: skip
+    difference = of(make(table)["differences"], "soco", 3)
+    assert difference["segm"]["interval"][0] > 0
+    assert difference["worth"]["labels"][1] > 3
+
+
+def test_the_curve_rises_as_it_does_for_the_same_labels(make):
+    """Only the lucky first choice is done with 6 labels: it has 2 objects more there, not 8."""
+    table = {("scratch", 3): [10, 2, 3], ("soco", 3): [11, 3, 4], ("scratch", 6): [12]}
+    worth = of(make(table)["differences"], "soco", 3)["worth"]
+    steps = (ap_of(11) - ap_of(10)) / (ap_of(12) - ap_of(10))
+    assert worth["labels"][0] == pytest.approx(3 * 2**steps, rel=0.05)
+
+
+def test_the_luck_of_runs_that_did_not_fail_pays_nothing(make):
+    table = {**CLEAR, ("soco", 3): [12, 12, "the loss became infinite"]}
+    found = make(table)
+    assert of(found["differences"], "soco", 3)["verdict"] == UNKNOWN
+    assert "1 run of soco failed" in found["answer"][0] and "so far" not in found["answer"][0]
+
+
+def test_a_study_that_goes_on_says_so(make):
+    found = make({**CLEAR, ("soco", 3): [12, 12]})
+    assert found["answer"][0].endswith("; 2 of 3 repeats so far.")
+    assert not any("so far" in answer for answer in make(CLEAR)["answer"])
+
+
+def test_few_repeats_do_not_say_that_no_number_would_do(make):
+    """The arms find the other half of the objects: what the photos leave open is large."""
+    table = {("scratch", 3): [[0, 1, 2, 3]] * 2, ("soco", 3): [[4, 5, 6, 7, 8]] * 2,
+             ("longer", 3): [[0, 1, 2, 3]] * 2}  # fmt: skip
+    found = make(table, SUBSETS=2)
+    assert "As far as 2 subsets can say, no number of subsets would show" in found["answer"][0]
+    several = {key: [finds[0]] * 5 for key, finds in table.items()}
+    assert ". No number of subsets" in make(several, SUBSETS=5)["answer"][0]
+
+
 def test_an_arm_that_only_failed_is_in_the_answer(make):
     found = make({**CLEAR, ("soco", 3): ["the loss became infinite"] * 2})
     assert found["answer"][-1] == (
