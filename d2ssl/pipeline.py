@@ -1,11 +1,10 @@
 """The main job, stage by stage: pretrain, hand off, fine-tune, evaluate, report."""
 
 import gc
-import glob
 import json
 import logging
 import os
-from typing import Dict, List
+from typing import Dict
 
 import torch
 from detectron2.evaluation import verify_results
@@ -13,6 +12,8 @@ from detectron2.modeling import (
     BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
     ROI_HEADS_REGISTRY,
+    GeneralizedRCNN,
+    PanopticFPN,
     build_model,
 )
 from detectron2.utils import comm
@@ -21,15 +22,17 @@ from detectron2.utils.logger import setup_logger
 
 from d2ssl.atomic import atomic_open, make_folder
 from d2ssl.config import finetune_cfg, get_key, method_title, pretrain_cfg, pretrained_path
-from d2ssl.data.build import check_classes, detection_sets, register_datasets
+from d2ssl.data.build import check_classes, check_dev, detection_sets, register_datasets
+from d2ssl.data.loader import require_shares
 from d2ssl.engine.auto import resolve_auto
 from d2ssl.engine.checkpoint import load_weights, refuse_other_conventions
 from d2ssl.engine.finetuning import FinetuneTrainer
 from d2ssl.engine.handoff import hand_off, read_record
 from d2ssl.engine.precision import apply_precision
 from d2ssl.engine.pretraining import PretrainTrainer
+from d2ssl.engine.stage_folder import begun, clear, left
 from d2ssl.engine.trainer import another_config
-from d2ssl.engine.weights_file import differing_keys
+from d2ssl.engine.weights_file import differing_keys, settings
 from d2ssl.errors import D2SSLError
 from d2ssl.report.html import write_report
 from d2ssl.report.sheets import PutPictures
@@ -44,8 +47,8 @@ REGISTRIES = {
 }
 
 
-def set_up(cfg, keep_config: bool = True):
-    """Loggers, the output folder with the config in it, and the data sets of a run.
+def set_up(cfg):
+    """Loggers, the output folder, and the data sets of a run.
 
     Returns:
         the config, with numbers in place of "auto".
@@ -57,18 +60,30 @@ def set_up(cfg, keep_config: bool = True):
         if name not in registry:
             known = ", ".join(known for known, _ in registry)
             raise D2SSLError(f"{key} {name}: choose from {known}")
+    detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if cfg.SSL.ENABLED and (
+        not issubclass(detector, GeneralizedRCNN) or issubclass(detector, PanopticFPN)
+    ):
+        raise D2SSLError(
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}: pretraining is for "
+            "GeneralizedRCNN; set it so, or SSL.ENABLED False"
+        )
     make_folder(cfg.OUTPUT_DIR)
     for name in ("fvcore", "detectron2", "d2ssl"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
     cfg = resolve_auto(cfg)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
-    if comm.is_main_process() and keep_config:
-        for name, text in (("config.yaml", cfg.dump()), ("environment.txt", collect_env_info())):
-            with atomic_open(os.path.join(cfg.OUTPUT_DIR, name), "w") as file:
-                file.write(text)
     logger.info("Output goes to %s; %d process(es) on %s", cfg.OUTPUT_DIR, comm.get_world_size(),
                 cfg.MODEL.DEVICE)  # fmt: skip
     return cfg
+
+
+def _keep_config(cfg) -> None:
+    """Write down what is run, once nothing of it was refused."""
+    if comm.is_main_process():
+        for name, text in (("config.yaml", cfg.dump()), ("environment.txt", collect_env_info())):
+            with atomic_open(os.path.join(cfg.OUTPUT_DIR, name), "w") as file:
+                file.write(text)
 
 
 def run(cfg, stage: str = "all", resume: bool = False) -> Dict:
@@ -83,8 +98,8 @@ def run(cfg, stage: str = "all", resume: bool = False) -> Dict:
     """
     cfg = set_up(cfg)
     results = {}
-    if stage in ("finetune", "all"):  # before hours of pretraining
-        check_classes(cfg, detection_sets(cfg))
+    if stage in ("finetune", "all"):
+        _check_finetuning(cfg)
     if cfg.SSL.ENABLED and stage in ("pretrain", "all"):
         pretrain(cfg, resume)
     if stage in ("finetune", "all"):
@@ -95,13 +110,22 @@ def run(cfg, stage: str = "all", resume: bool = False) -> Dict:
     return results
 
 
+def _check_finetuning(cfg) -> None:
+    """What would be refused after hours of pretraining."""
+    if not cfg.DATASETS.TRAIN:
+        raise D2SSLError(
+            "DATASETS.TRAIN is empty: name a set with labels, or give --stage pretrain"
+        )
+    require_shares(cfg.SOLVER.IMS_PER_BATCH)
+    check_classes(cfg, detection_sets(cfg))
+    check_dev(cfg)
+
+
 def pretrain(cfg, resume: bool = False) -> None:
     """Pretrain and hand off."""
     stage = pretrain_cfg(cfg)
     if not (resume and _handed_off(cfg)):
         _refuse_own_weights(cfg, stage, finetune_cfg(cfg))
-        if not (resume and _begun(stage)):
-            _clear(stage)
         _train_pretext(cfg, stage, resume)
         gc.collect()  # a trainer and its hooks hold one another, and with them model and workers
         if comm.is_main_process():
@@ -111,7 +135,8 @@ def pretrain(cfg, resume: bool = False) -> None:
 
 def _train_pretext(cfg, stage, resume: bool) -> None:
     trainer = PretrainTrainer(stage, resume)
-    _clear(finetune_cfg(cfg))  # what is there was fine-tuned from other weights
+    _keep_config(cfg)
+    clear(finetune_cfg(cfg).OUTPUT_DIR)  # what is there was fine-tuned from other weights
     trainer.register_hooks(
         [
             PutPictures.of_views(trainer),
@@ -125,15 +150,12 @@ def _train_pretext(cfg, stage, resume: bool) -> None:
 def finetune(cfg, resume: bool = False) -> Dict:
     """Fine-tune from the hand-off, or from ``MODEL.WEIGHTS``, and evaluate."""
     stage = finetune_cfg(cfg)
-    if cfg.SSL.ENABLED and not os.path.isfile(stage.MODEL.WEIGHTS):
-        raise D2SSLError(
-            f"{stage.MODEL.WEIGHTS}: no such file; run --stage pretrain first, or set "
-            "SSL.ENABLED False"
-        )
-    if not (resume and _begun(stage)):
+    if cfg.SSL.ENABLED:
+        _refuse_another_handoff(cfg, stage.MODEL.WEIGHTS)
+    if not (resume and begun(stage.OUTPUT_DIR)):
         _refuse_own_weights(stage, stage)
-        _clear(stage)
     trainer = FinetuneTrainer(stage, resume)
+    _keep_config(cfg)
     trainer.train()
     weights = trainer.save_weights("model_result")
     results = trainer.last_results
@@ -149,11 +171,13 @@ def evaluate_only(cfg) -> Dict:
     """Evaluate ``cfg.MODEL.WEIGHTS`` on ``cfg.DATASETS.TEST``."""
     if not cfg.MODEL.WEIGHTS:
         raise D2SSLError("--eval-only needs MODEL.WEIGHTS path/to/model_result.pth")
+    if not cfg.DATASETS.TEST:
+        raise D2SSLError("--eval-only needs DATASETS.TEST, the sets to evaluate on")
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SSL.ENABLED = cfg.SSL.SELF_TRAINING.ENABLED = False  # no photos without labels are needed
     cfg.freeze()
-    cfg = set_up(cfg, keep_config=False)
+    cfg = set_up(cfg)
     model = build_model(cfg)
     report = load_weights(model, cfg.MODEL.WEIGHTS)
     refuse_other_conventions(cfg, report)
@@ -176,38 +200,15 @@ def _compare_with_expected(cfg, results: Dict) -> None:
         verify_results(cfg, results)
 
 
-def _begun(stage) -> bool:
-    """Whether there is a checkpoint to go on from."""
-    return os.path.isfile(os.path.join(stage.OUTPUT_DIR, "last_checkpoint"))
-
-
 def _refuse_own_weights(cfg, *stages) -> None:
     """Before anything is removed: MODEL.WEIGHTS must not be what a stage is about to replace."""
     for stage in stages:
-        if os.path.realpath(cfg.MODEL.WEIGHTS) in map(os.path.realpath, _left(stage)):
+        if os.path.realpath(cfg.MODEL.WEIGHTS) in map(os.path.realpath, left(stage.OUTPUT_DIR)):
             raise D2SSLError(
                 f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} are an earlier run's, which would be removed; "
                 "name another OUTPUT_DIR"
             )
     comm.synchronize()  # each process has looked
-
-
-def _left(stage) -> List[str]:
-    """What an earlier run left of a stage that would be taken for this one's. Its checkpoints would
-    not, and are not lost by a command that is refused."""
-    pictures = ["matches.png", "reconstructions.png"]  # not every method has them
-    names = ["metrics.json", "last_checkpoint", "results.json", *pictures]
-    names += [f"model_{name}.pth" for name in ("pretrained", "result", "best")]
-    paths = [os.path.join(glob.escape(stage.OUTPUT_DIR), name) for name in
-             [*names, "labels_*.json", "events.out.tfevents.*"]]  # fmt: skip
-    return [path for pattern in paths for path in glob.glob(pattern)]
-
-
-def _clear(stage) -> None:
-    """A stage starts over."""
-    for path in _left(stage) if comm.is_main_process() else ():
-        os.remove(path)
-    comm.synchronize()
 
 
 def _handed_off(cfg) -> bool:
@@ -219,16 +220,40 @@ def _handed_off(cfg) -> bool:
     record = read_record(pretrained_path(cfg))
     if not record:
         return False
-    pairs = {
-        "SSL.METHOD": (record["method"], method_title(cfg)),
-        "SSL.DATASETS": (record["datasets"], list(cfg.SSL.DATASETS)),
-        "SEED": (record["seed"], cfg.SEED),
-    }
-    held = {key: then for key, (then, now) in pairs.items() if then != now}
-    held.update(differing_keys(cfg, record["config"]))
+    held = _made_otherwise(cfg, record)
+    if record["seed"] != cfg.SEED:
+        held["SEED"] = record["seed"]
     if held:
         raise another_config(pretrain_cfg(cfg).OUTPUT_DIR, held)
     return record["iterations"] >= pretrain_cfg(cfg).SOLVER.MAX_ITER
+
+
+def _refuse_another_handoff(cfg, path: str) -> None:
+    """What is fine-tuned and reported as this config's was pretrained by it; by another seed will
+    do."""
+    record = read_record(path)
+    if not record:
+        raise D2SSLError(
+            f"{path}: no such file; run --stage pretrain first, or set SSL.ENABLED False"
+        )
+    held = _made_otherwise(cfg, record)
+    if record["iterations"] < pretrain_cfg(cfg).SOLVER.MAX_ITER:
+        held["SSL.SOLVER.MAX_ITER"] = record["iterations"]
+    if held:
+        raise D2SSLError(
+            f"{path} was pretrained with {settings(held)}, and this config says otherwise: set it "
+            "so, or run --stage pretrain"
+        )
+
+
+def _made_otherwise(cfg, record: Dict) -> Dict:
+    """The config keys in which a hand-off is not of this config, with their values then."""
+    pairs = {
+        "SSL.METHOD": (record["method"], method_title(cfg)),
+        "SSL.DATASETS": (record["datasets"], list(cfg.SSL.DATASETS)),
+    }
+    held = {key: then for key, (then, now) in pairs.items() if then != now}
+    return {**held, **differing_keys(cfg, record["config"])}
 
 
 def _write_results(cfg, results: Dict, weights: str) -> None:

@@ -128,7 +128,11 @@ def test_classes_of_weights_are_a_name_or_names(value, tmp_path):
             ["SSL.FINETUNE.COPY_PASTE", "0.5"],
             "by their masks: set it to 0.0, or MODEL.MASK_ON True",
         ),
-        (["DATASETS.TEST", "('a',)", "SSL.FINETUNE.DEV_DATASET", "a"], "also in DATASETS.TEST"),
+        (["SOLVER.CHECKPOINT_PERIOD", "0"], "SOLVER.CHECKPOINT_PERIOD 0: give 1 or more"),
+        (["SSL.SOLVER.CHECKPOINT_PERIOD", "0"], "CHECKPOINT_PERIOD 0: give 1 or more"),
+        (["SSL.INPUT.GRAY_PROB", "20.0"], "GRAY_PROB 20.0: give a probability, 0 to 1"),
+        (["SSL.TEMPERATURE", "0.0"], "TEMPERATURE 0.0: give a number above 0"),
+        (["SSL.QUEUE.KEYS_PER_PHOTO", "0"], "KEYS_PER_PHOTO 0: give 1 or more"),
     ],
 )
 def test_bad_options_are_one_line(opts, message):

@@ -214,6 +214,97 @@ def test_no_run_removes_the_weights_it_is_to_start_from(tiny_cfg, tmp_path, stag
     assert all(path.exists() for path in left)
 
 
+def test_what_is_refused_costs_nothing_of_an_earlier_run(tiny_cfg, tmp_path):
+    from d2ssl import pipeline
+    from d2ssl.errors import D2SSLError
+
+    def left():
+        files = (path for path in (tmp_path / "out").rglob("*.*") if path.is_file())
+        said = ("log.txt", "events.out")  # a resumed run may say that it tried
+        return {p: p.read_bytes() for p in files if not p.name.startswith(said)}
+
+    pipeline.run(tiny_cfg())
+    before = left()
+    assert {"model_pretrained.pth", "model_result.pth"} <= {path.name for path in before}
+    fine, missing = ["SSL.ENABLED", "False"], ["MODEL.WEIGHTS", str(tmp_path / "no.pth")]
+    for opts, resume in (
+        (missing, False),
+        ([*fine, *missing], False),
+        ([*fine, "SEED", "5"], True),
+        ([*fine, "DATASETS.TRAIN", "('balloon_demo_train@6',)"], True),
+    ):
+        with pytest.raises(D2SSLError):
+            pipeline.run(tiny_cfg(*opts), resume=resume)
+        assert left() == before, opts
+
+
+@pytest.mark.parametrize(
+    "opts, said",
+    [
+        (["SEED", "5"], "SEED 0"),
+        (
+            ["DATASETS.TRAIN", "('balloon_demo_train@6',)"],
+            "DATASETS.TRAIN .*balloon_demo_train@4.*",
+        ),
+    ],
+)
+def test_fine_tuning_is_not_resumed_as_anothers(tiny_cfg, opts, said):
+    """Its AP would be reported as that of other labels, or of another seed."""
+    from d2ssl import pipeline
+    from d2ssl.errors import D2SSLError
+
+    cfg = tiny_cfg("SSL.ENABLED", "False", "DATASETS.TEST", "()")
+    pipeline.run(cfg)
+    pipeline.run(cfg, resume=True)
+    with pytest.raises(D2SSLError, match=f"finetune holds a run of another config .{said}.; give"):
+        pipeline.run(tiny_cfg("SSL.ENABLED", "False", "DATASETS.TEST", "()", *opts), resume=True)
+
+
+def test_fine_tuning_starts_from_the_hand_off_that_the_config_says(tiny_cfg):
+    from d2ssl import pipeline
+    from d2ssl.errors import D2SSLError
+
+    pipeline.run(tiny_cfg(), stage="pretrain")
+    for opts, said in (
+        (["SSL.METHOD", "SimSiam"], "SSL.METHOD SoCo"),
+        (["SSL.DATASETS", "('balloon_demo_train@6',)"], "SSL.DATASETS .*balloon_demo_unlabeled"),
+        (["SSL.SOLVER.MAX_ITER", "6"], "SSL.SOLVER.MAX_ITER 4"),
+    ):
+        with pytest.raises(D2SSLError, match=f"pretrained.pth was pretrained with {said}"):
+            pipeline.run(tiny_cfg(*opts), stage="finetune")
+    pipeline.run(tiny_cfg("SEED", "5", "DATASETS.TEST", "()"), stage="finetune")
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty: name a set with labels, or give"),
+        (["SOLVER.IMS_PER_BATCH", "0"], "IMS_PER_BATCH 0 cannot be shared"),
+        (["MODEL.META_ARCHITECTURE", "RetinaNet"], "RetinaNet: pretraining is for GeneralizedRCNN"),
+        (["MODEL.META_ARCHITECTURE", "PanopticFPN"], "PanopticFPN: pretraining is for"),
+        (
+            ["SSL.FINETUNE.DEV_DATASET", "balloon_demo_train@2"],
+            r"has 2 photo\(s\) of balloon_demo_t",
+        ),
+    ],
+)
+def test_what_cannot_be_fine_tuned_is_not_pretrained(tiny_cfg, tmp_path, opts, message):
+    from d2ssl import pipeline
+    from d2ssl.errors import D2SSLError
+
+    with pytest.raises(D2SSLError, match=message):
+        pipeline.run(tiny_cfg(*opts))
+    assert not (tmp_path / "out/pretrain").exists()
+
+
+def test_an_evaluation_on_nothing_says_so(tiny_cfg):
+    from d2ssl import pipeline
+    from d2ssl.errors import D2SSLError
+
+    with pytest.raises(D2SSLError, match="--eval-only needs DATASETS.TEST"):
+        pipeline.evaluate_only(tiny_cfg("MODEL.WEIGHTS", "a.pth", "DATASETS.TEST", "()"))
+
+
 def test_a_run_resumed_at_its_end_hands_off_its_own_weights(tiny_cfg, tmp_path, monkeypatch):
     """Run A is whole; run B is stopped after a checkpoint, and resumed to end there."""
     import torch

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from typing import Dict, FrozenSet, List, Sequence
+from typing import Dict, FrozenSet, List, Sequence, Set
 
 import torch
 from detectron2.data import MetadataCatalog
@@ -148,6 +148,30 @@ def check_classes(cfg, names: Sequence[str], weights: Sequence[str] = ()) -> Non
             f"MODEL.ROI_HEADS.NUM_CLASSES is {count}, and {first} has {len(classes)} classes "
             f"({', '.join(classes[:5])}{', ...' * (len(classes) > 5)}); set it to {len(classes)}"
         )
+
+
+def check_dev(cfg) -> None:
+    """The photos that a checkpoint is chosen on are neither learnt nor tested on.
+
+    Raises:
+        D2SSLError: naming the sets that share photos.
+    """
+    dev = cfg.SSL.FINETUNE.DEV_DATASET
+    if not dev:
+        return
+    chosen_on = _photos_of(dev)
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        shared = len(chosen_on & _photos_of(name))
+        if shared:
+            raise D2SSLError(
+                f"SSL.FINETUNE.DEV_DATASET {dev} has {shared} photo(s) of {name}: AP of a "
+                "checkpoint chosen on them is overstated; name another set"
+            )
+
+
+def _photos_of(name: str) -> Set[str]:
+    _registered([name])
+    return {os.path.realpath(row["file_name"]) for row in _rows(name)}
 
 
 def cache_dir(cfg) -> str:

@@ -83,6 +83,19 @@ class _Positions:
             iteration += 1
 
 
+def require_shares(batch_size: int) -> None:
+    """
+    Raises:
+        D2SSLError: a batch that the processes cannot share evenly.
+    """
+    world = comm.get_world_size()
+    if batch_size < world or batch_size % world:
+        raise D2SSLError(
+            f"IMS_PER_BATCH {batch_size} cannot be shared by {world} processes; "
+            f"use a multiple of {world}"
+        )
+
+
 class StreamLoader:
     """Endless iterable of batches (lists of the mapper's dicts).
 
@@ -106,12 +119,7 @@ class StreamLoader:
         one_shape: bool = False,
         later: Optional[Tuple[int, Callable]] = None,
     ):
-        world = comm.get_world_size()
-        if batch_size < world or batch_size % world:
-            raise D2SSLError(
-                f"IMS_PER_BATCH {batch_size} cannot be shared by {world} processes; "
-                f"use a multiple of {world}"
-            )
+        require_shares(batch_size)
         self.mapper, self.seed, self.one_shape = mapper, seed, one_shape
         self.batch_size, self.num_workers = batch_size, num_workers
         self.later = later and (later[0] * batch_size, later[1])

@@ -179,8 +179,8 @@ class ScaleJitter(T.Augmentation):
         if isinstance(size, T.ResizeTransform):
             height, width = size.new_h, size.new_w
         scale = T.ResizeScale(self.least, self.most, height, width)
-        # It could pad, too, but in one grey, and in Detectron2's main branch masks with 255.
-        crop = T.FixedSizeCrop((height, width), pad=False)
+        # Not FixedSizeCrop: it draws one number for both sides, so two corners are hardly seen.
+        crop = T.RandomCrop("absolute", (height, width))
         moved = aug_input.apply_augmentations([scale, crop])
         h, w = aug_input.image.shape[:2]
         fill = _Fill(0, 0, width - w, height - h, w, h, self.fill)

@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Dict, List
 
+from detectron2.engine.hooks import EvalHook
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from torch import nn
@@ -37,6 +38,7 @@ class FinetuneTrainer(Trainer):
 
     def __init__(self, cfg, resume=False):
         self.find_unused_parameters = bool(cfg.SSL.FINETUNE.FROZEN_PARTS)
+        self.last_results: dict = {}
         super().__init__(cfg, resume)
 
     @classmethod
@@ -141,6 +143,14 @@ class FinetuneTrainer(Trainer):
             )
         return found
 
+    def evaluation_hooks(self):
+        cfg = self.cfg
+        if not cfg.DATASETS.TEST:
+            return []
+        # With a dev set the test set is looked at once, at the end: period 0.
+        period = 0 if cfg.SSL.FINETUNE.DEV_DATASET else cfg.TEST.EVAL_PERIOD
+        return [EvalHook(period, self.evaluate)]
+
     def _self_training(self) -> List[LabelPhotos]:
         """The hook; none where each photo has labels."""
         cfg, options = self.cfg, self.cfg.SSL.SELF_TRAINING
@@ -153,7 +163,10 @@ class FinetuneTrainer(Trainer):
 
         def label(photos):
             with self._reported_weights():
-                return detect(model, photos, mapper, options.SCORE, options.UNSURE, side)
+                return detect(
+                    model, photos, mapper, options.SCORE, options.UNSURE, side,
+                    most=cfg.TEST.DETECTIONS_PER_IMAGE,
+                )  # fmt: skip
 
         def use(found):
             if found:

@@ -123,6 +123,7 @@ def detect(
     score: float,
     unsure: float,
     side: float = math.inf,
+    most: float = math.inf,
 ) -> List[List[dict]]:
     """What a detector finds on photos, as COCO's annotations with ``score``: the photos' lists.
 
@@ -135,8 +136,9 @@ def detect(
             objects cover. Where nothing is left of it, it is left out.
         side: short side in pixels that masks are made at, at most; then they are enlarged. On a
             large photo that takes a fraction of the time.
+        most: what the model gives of a photo, at most; it is said where that cuts objects off.
     """
-    found = []
+    found, full = [], 0
     with inference_context(model):
         for photo in tqdm(photos, "labelling", disable=not comm.is_main_process(), leave=False):
             size = photo["height"], photo["width"]
@@ -144,7 +146,13 @@ def detect(
             example = {**mapper(photo), "height": height, "width": width}
             instances = model([example])[0]["instances"]
             instances = instances[instances.scores >= unsure].to("cpu")
+            full += len(instances) >= most
             found.append(annotations(instances, score, size))
+    if full:
+        logger.warning(
+            "%d photo(s) with %d detections, as many as TEST.DETECTIONS_PER_IMAGE allows: what "
+            "else is there is learnt as background; raise it", full, most
+        )  # fmt: skip
     return found
 
 

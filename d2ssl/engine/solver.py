@@ -61,8 +61,14 @@ def build_optimizer(solver, name: str, parts: Dict[str, Iterable[Tuple[nn.Module
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load a saved state, each tensor laid out as its weight is now: channels_last or not, as the
-    precision wants it, which need not be that of the saved run."""
+    precision wants it, which need not be that of the saved run.
+
+    Raises:
+        ValueError: it is another kind of optimizer's, or of other weights.
+    """
     optimizer.load_state_dict(state)
+    if not optimizer.defaults.keys() <= optimizer.param_groups[0].keys():
+        raise ValueError("made with another OPTIMIZER")
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:

@@ -1,7 +1,6 @@
 """What both trainers share: Detectron2's ``DefaultTrainer`` with other parts built in."""
 
 import logging
-import os
 import weakref
 from typing import Dict, List, Set, Tuple
 
@@ -22,11 +21,13 @@ from d2ssl.engine.checkpoint import (
 from d2ssl.engine.launch import distribute
 from d2ssl.engine.precision import apply_precision
 from d2ssl.engine.solver import load_optimizer, main_schedule
-from d2ssl.engine.weights_file import other_conventions, settings
+from d2ssl.engine.stage_folder import begun, clear
+from d2ssl.engine.weights_file import differing_keys, get, other_conventions, settings
 from d2ssl.errors import D2SSLError, Diverged
 
 logger = logging.getLogger("d2ssl")
 
+RUN = ("SEED", "DATASETS.TRAIN")  # the latter are SSL.DATASETS in pretraining
 FIX = "give the same one, another OUTPUT_DIR, or start over without --resume"
 
 
@@ -57,14 +58,14 @@ class Trainer(DefaultTrainer):
         make_folder(cfg.OUTPUT_DIR)
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.loaded_parts: Set[str] = set()
-        self.last_results: dict = {}
         self.schedule = main_schedule(cfg.SOLVER, self.lr_floor())
         torch.manual_seed(cfg.SEED)  # random weights are the same in every run of a seed
         self.module = self.build_model(cfg)
         self.loader = self.build_train_loader(cfg)
-        resume = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+        resume = resume and begun(cfg.OUTPUT_DIR)
         if not resume:
             self.start_from(self.load_weights())
+            clear(cfg.OUTPUT_DIR)
         apply_precision(self.module, self.uses_bf16())
         optimizer = self.build_optimizer(cfg, self.module)
         model = distribute(self.module, self.find_unused_parameters)
@@ -73,7 +74,7 @@ class Trainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             classes=self.classes(),
-            conventions=conventions_of(cfg),
+            conventions={**conventions_of(cfg), **{key: get(cfg, key) for key in RUN}},
             trainer=weakref.proxy(self),
         )
         self.register_hooks(self.build_hooks())
@@ -95,7 +96,9 @@ class Trainer(DefaultTrainer):
                 f"{folder} cannot be resumed: damaged, or a run of another config; {FIX} "
                 f"({reason[0] if reason else repr(error)})"
             ) from error
-        other = other_conventions(self.cfg, self.checkpointer.conventions)
+        said = self.checkpointer.conventions
+        other = other_conventions(self.cfg, said)
+        other |= differing_keys(self.cfg, {key: said[key] for key in RUN if key in said})
         if other or not self.checkpointer.fits:
             raise another_config(folder, other)
         if self.iter >= self.max_iter:
@@ -139,6 +142,10 @@ class Trainer(DefaultTrainer):
         """Hooks that run before the checkpointer."""
         raise NotImplementedError
 
+    def evaluation_hooks(self) -> list:
+        """Hooks that run after the checkpointer, before the writers."""
+        return []
+
     # What Detectron2's trainer asks for.
 
     def build_hooks(self):
@@ -155,18 +162,12 @@ class Trainer(DefaultTrainer):
                     self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=2
                 )
             )
-        if cfg.DATASETS.TEST:
-            # With a dev set the test set is looked at once, at the end: period 0.
-            period = 0 if cfg.SSL.FINETUNE.DEV_DATASET else cfg.TEST.EVAL_PERIOD
-            found.append(hooks.EvalHook(period, self.evaluate))
+        found += self.evaluation_hooks()
         if comm.is_main_process():
             # A short run has a curve, too, and no evaluation overwrites one that is not written.
             period = max(1, min(20, self.max_iter // 20, cfg.TEST.EVAL_PERIOD or 20))
             found.append(hooks.PeriodicWriter(self.build_writers(), period))
         return found
-
-    def evaluate(self) -> dict:
-        return self.test(self.cfg, self.module)
 
     def train(self):
         """Run what is left of the training.

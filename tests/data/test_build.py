@@ -11,6 +11,7 @@ from d2ssl.data.build import (
     build_finetune_loader,
     build_pretrain_loader,
     check_classes,
+    check_dev,
     count_photos,
     detection_sets,
     load_dicts,
@@ -55,6 +56,19 @@ def test_masks_are_read_only_where_they_are_wanted(register):
     assert [sorted(photo) for photo in photos] == [["file_name", "height", "image_id", "width"]] * 2
     assert (photos[0]["height"], photos[0]["width"]) == (20, 30) and seen.decoded == 0
     assert len(load_dicts(["lazy@1"])) == 1 and seen.decoded == 1
+
+
+@pytest.mark.parametrize("others", [["DATASETS.TRAIN"], ["DATASETS.TEST"]])
+def test_no_checkpoint_is_chosen_on_photos_that_are_learnt_or_tested_on(tiny_cfg, others):
+    """Whatever the set is called; the demo's others have photos of their own."""
+    opts = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
+    for key in others:
+        opts[opts.index(key) + 1] = "('balloon_demo_val',)"
+    for dev, message in (("balloon_demo_val@3", "has 3 photo"), ("balloon_demo_val", "of balloon")):
+        with pytest.raises(D2SSLError, match=message):
+            check_dev(tiny_cfg(*opts, "SSL.FINETUNE.DEV_DATASET", dev))
+    check_dev(tiny_cfg(*opts, "SSL.FINETUNE.DEV_DATASET", "balloon_demo_train"))
+    check_dev(tiny_cfg(*opts))
 
 
 def test_a_photo_of_two_sets_is_pretrained_on_once(tiny_cfg, caplog):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, PolygonMasks
 from torch.nn import functional as F
 
@@ -19,7 +20,7 @@ from d2ssl.data.build import (
 )
 from d2ssl.data.datasets import register_dataset
 from d2ssl.data.loader import random_state
-from d2ssl.data.mapper import DetectionMapper, PretextMapper, to_tensor
+from d2ssl.data.mapper import DetectionMapper, PretextMapper, ScaleJitter, to_tensor
 from d2ssl.data.masks import mask_annotation
 from d2ssl.data.photos import PhotoStore, read_photo
 from d2ssl.data.regions import grid_regions
@@ -463,6 +464,18 @@ def test_scale_jitter_keeps_stocks_size(tiny_cfg, coloured_set, factor):
         else:
             corners.add(tuple(image[:, 0, 0].tolist()))
     assert factor <= 1 or len(corners) > 1  # cropped anywhere
+
+
+def test_scale_jitter_crops_anywhere():
+    """In all four corners, not only along a diagonal."""
+    photo = np.zeros((96, 128, 3), np.uint8)
+    photo[..., 0], photo[..., 1] = np.arange(128), np.arange(96)[:, None]
+    np.random.seed(0)
+    jitter = ScaleJitter(T.Resize((96, 128)), 1.5, 1.5, (0, 0, 0))
+    seen = np.array([jitter(T.AugInput(photo)).apply_image(photo)[0, 0, :2] for _ in range(200)])
+    x, y = (seen / seen.max(0)).T
+    for low, high in ((x < 0.25, y > 0.75), (x > 0.75, y < 0.25), (x < 0.25, y < 0.25)):
+        assert 5 < (low & high).sum() < 30  # a sixteenth of 200, about
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,16 @@ def test_a_mirrored_photo_is_labelled_alike(tiny_cfg, photos, tmp_path):
     )
 
 
+def test_detections_that_are_cut_off_are_said(tiny_cfg, photos, caplog):
+    cfg = self_cfg(tiny_cfg)
+    model, mapper = FinetuneTrainer(cfg).module, mapper_at_test_size(cfg)
+    (rows,) = detect(model, photos[:1], mapper, 0.06, 0.05, most=1000)
+    assert len(rows) > 5 and "DETECTIONS_PER_IMAGE" not in caplog.text
+    model.roi_heads.box_predictor.test_topk_per_image = 5
+    detect(model, photos[:1], mapper, 0.06, 0.05, most=5)
+    assert "1 photo(s) with 5 detections, as many as TEST.DETECTIONS_PER_IMAGE" in caplog.text
+
+
 def test_masks_made_small_are_those_of_the_photo(tiny_cfg, photos, tmp_path):
     """Of a photo six times as large, and not square."""
     cfg = self_cfg(tiny_cfg)

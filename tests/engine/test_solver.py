@@ -111,6 +111,17 @@ def test_a_state_of_another_memory_format(name):
     assert torch.allclose(*results, atol=1e-6)
 
 
+def test_the_state_of_another_optimizer_is_refused():
+    """AdamW's would load into SGD, and be missed at the first step."""
+    module = nn.Conv2d(3, 4, 1)
+    adamw, sgd = (
+        build_optimizer(solver(BASE_LR=0.1).SOLVER, name, {"P": [(module, "weight")]})
+        for name in ("AdamW", "SGD")
+    )
+    with pytest.raises(ValueError, match="made with another OPTIMIZER"):
+        load_optimizer(sgd, adamw.state_dict())
+
+
 def test_a_warmup_that_takes_most_of_the_run_is_said(caplog):
     main_schedule(solver(WARMUP_ITERS=50).SOLVER, 0.0)
     assert not caplog.messages
