@@ -193,11 +193,12 @@ def test_labels_are_worth_what_the_same_repeats_say(make):
 
 
 def test_worth_and_verdict_agree(make):
-    """It finds a little more than the other in each pair, whatever that finds: beyond chance, so
-    worth more labels than it had beyond chance, too."""
-    table = {("scratch", 3): [2, 5, 9], ("soco", 3): [3, 6, 10], ("longer", 3): [2, 5, 9],
-             ("scratch", 6): [9, 10, 12]}  # fmt: skip
-    difference = of(make(table)["differences"], "soco", 3)
+    """One object more in each run, each time by other photos: these leave nothing open that all
+    runs share, neither for the gain nor for what it is worth."""
+    runs = range(4)
+    table = {("scratch", 3): [range(8)] * 4, ("scratch", 6): [range(12)] * 4,
+             ("soco", 3): [{*range(8)} - {i} | {8 + i, 12 + i} for i in runs]}  # fmt: skip
+    difference = of(make(table, SUBSETS=4)["differences"], "soco", 3)
     assert difference["segm"]["interval"][0] > 0
     assert difference["worth"]["labels"][1] > 3
 
@@ -211,8 +212,11 @@ def test_the_curve_rises_as_it_does_for_the_same_labels(make):
 
 
 def test_the_luck_of_runs_that_did_not_fail_pays_nothing(make):
-    table = {**CLEAR, ("soco", 3): [12, 12, "the loss became infinite"]}
-    found = make(table)
+    finds = {"scratch": [4, 4, 5, 4, 5], "longer": [4, 5, 5, 4, 5], "soco": [12, 12, 13, 13, 12]}
+    table = {(arm, 3): values for arm, values in finds.items()}
+    assert of(make(table, SUBSETS=5)["differences"], "soco", 3)["verdict"] == PAYS
+    table["soco", 3][4] = "the loss became infinite"
+    found = make(table, SUBSETS=5)
     assert of(found["differences"], "soco", 3)["verdict"] == UNKNOWN
     assert "1 run of soco failed" in found["answer"][0] and "so far" not in found["answer"][0]
 
