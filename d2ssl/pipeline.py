@@ -61,8 +61,10 @@ def set_up(cfg):
             known = ", ".join(known for known, _ in registry)
             raise D2SSLError(f"{key} {name}: choose from {known}")
     detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    if cfg.SSL.ENABLED and (
-        not issubclass(detector, GeneralizedRCNN) or issubclass(detector, PanopticFPN)
+    if (
+        cfg.SSL.ENABLED
+        and isinstance(detector, type)
+        and (not issubclass(detector, GeneralizedRCNN) or issubclass(detector, PanopticFPN))
     ):
         raise D2SSLError(
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}: pretraining is for "
@@ -116,7 +118,8 @@ def _check_finetuning(cfg) -> None:
         raise D2SSLError(
             "DATASETS.TRAIN is empty: name a set with labels, or give --stage pretrain"
         )
-    require_shares(cfg.SOLVER.IMS_PER_BATCH)
+    scaled = FinetuneTrainer.auto_scale_workers(finetune_cfg(cfg), comm.get_world_size())
+    require_shares(scaled.SOLVER.IMS_PER_BATCH)
     check_classes(cfg, detection_sets(cfg))
     check_dev(cfg)
 

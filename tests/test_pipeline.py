@@ -359,15 +359,21 @@ def test_resume_under_another_config_is_refused(tiny_cfg, tmp_path):
 
     pipeline.run(tiny_cfg(), stage="pretrain")
     colour, width = ["INPUT.FORMAT", "RGB"], ["MODEL.FPN.OUT_CHANNELS", "64"]
+    photos, was = ["SSL.DATASETS", "('balloon_demo_train@6',)"], ".*balloon_demo_unlabeled.*"
     for opts, said in (
         (["SEED", "5"], "SEED 0"),
         (["SSL.METHOD", "SimSiam"], "SSL.METHOD SoCo"),
+        (photos, f"SSL.DATASETS {was}"),
         (colour, "INPUT.FORMAT BGR"),
     ):
         with pytest.raises(D2SSLError, match=f"pretrain holds a run of another config .{said}.; "):
             pipeline.run(tiny_cfg(*opts), stage="pretrain", resume=True)
     os.remove(tmp_path / "out/pretrain/model_pretrained.pth")
-    for opts, said in ((colour, " .INPUT.FORMAT BGR."), (width, "")):
+    for opts, said in (
+        (colour, " .INPUT.FORMAT BGR."),
+        (photos, f" .SSL.DATASETS {was}."),
+        (width, ""),
+    ):
         other = tiny_cfg(*opts, "SSL.SOLVER.MAX_ITER", "6")
         with pytest.raises(D2SSLError, match=f"holds a run of another config{said}; give the same"):
             pipeline.run(other, stage="pretrain", resume=True)

@@ -21,6 +21,7 @@ logger = logging.getLogger("d2ssl")
 class PretrainTrainer(Trainer):
     """Trains a pretext method; ``cfg`` is a :func:`d2ssl.config.pretrain_cfg` without "auto"."""
 
+    run_keys = ("SEED", "SSL.DATASETS")
     find_unused_parameters = True  # a level that no box falls on, a level that is not compared
 
     def build_train_loader(self, cfg):

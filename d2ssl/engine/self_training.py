@@ -136,7 +136,8 @@ def detect(
             objects cover. Where nothing is left of it, it is left out.
         side: short side in pixels that masks are made at, at most; then they are enlarged. On a
             large photo that takes a fraction of the time.
-        most: what the model gives of a photo, at most; it is said where that cuts objects off.
+        most: what the model gives of a photo, at most (below 0: no limit, as in Detectron2); it is
+            said where that cuts objects off.
     """
     found, full = [], 0
     with inference_context(model):
@@ -146,7 +147,7 @@ def detect(
             example = {**mapper(photo), "height": height, "width": width}
             instances = model([example])[0]["instances"]
             instances = instances[instances.scores >= unsure].to("cpu")
-            full += len(instances) >= most
+            full += 0 <= most <= len(instances)
             found.append(annotations(instances, score, size))
     if full:
         logger.warning(

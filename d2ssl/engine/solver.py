@@ -66,8 +66,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     Raises:
         ValueError: it is another kind of optimizer's, or of other weights.
     """
-    optimizer.load_state_dict(state)
-    if not optimizer.defaults.keys() <= optimizer.param_groups[0].keys():
+    wanted, saved = {*optimizer.param_groups[0]}, {*state["param_groups"][0]}
+    optimizer.load_state_dict(state)  # fills in options that an older PyTorch did not have
+    if not saved <= wanted <= {*optimizer.param_groups[0]}:
         raise ValueError("made with another OPTIMIZER")
     for parameter, values in optimizer.state.items():
         for name, value in values.items():

@@ -27,7 +27,6 @@ from d2ssl.errors import D2SSLError, Diverged
 
 logger = logging.getLogger("d2ssl")
 
-RUN = ("SEED", "DATASETS.TRAIN")  # the latter are SSL.DATASETS in pretraining
 FIX = "give the same one, another OUTPUT_DIR, or start over without --resume"
 
 
@@ -51,6 +50,7 @@ class Trainer(DefaultTrainer):
     """
 
     find_unused_parameters = False
+    run_keys = ("SEED", "DATASETS.TRAIN")  # a resumed run has the same
 
     def __init__(self, cfg, resume: bool = False):
         TrainerBase.__init__(self)
@@ -74,7 +74,7 @@ class Trainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             classes=self.classes(),
-            conventions={**conventions_of(cfg), **{key: get(cfg, key) for key in RUN}},
+            conventions={**conventions_of(cfg), **{key: get(cfg, key) for key in self.run_keys}},
             trainer=weakref.proxy(self),
         )
         self.register_hooks(self.build_hooks())
@@ -98,7 +98,8 @@ class Trainer(DefaultTrainer):
             ) from error
         said = self.checkpointer.conventions
         other = other_conventions(self.cfg, said)
-        other |= differing_keys(self.cfg, {key: said[key] for key in RUN if key in said})
+        run = {key: said[key] for key in self.run_keys if key in said}
+        other |= differing_keys(self.cfg, run)
         if other or not self.checkpointer.fits:
             raise another_config(folder, other)
         if self.iter >= self.max_iter:

@@ -159,10 +159,10 @@ def seeds_needed(
 ) -> Optional[int]:
     """How many units (subsets, or seeds of one subset) it takes to see a difference.
 
-    See: the interval leaves out 0 in 80 of 100 studies if the true difference is ``effect``. The
-    doubt of the units and that of the photos have each its own degrees of freedom, together those
-    of Welch and Satterthwaite. From few units this is itself a rough figure: their standard
-    deviation is.
+    See: the interval leaves out 0 in 80 of 100 studies if the true difference is ``effect``. It is
+    as wide as the doubt of the units and that of the photos make it, each by its own degrees of
+    freedom; those of both together are by Welch and Satterthwaite. From few units this is itself a
+    rough figure: their standard deviation is.
 
     Returns:
         units in all; None where the variance is unknown (one unit), or where more would not do:
@@ -171,15 +171,13 @@ def seeds_needed(
     if estimate.run_sd is None:
         return None
     n = np.arange(2, most + 1)
-    of_units, of_photos = estimate.run_sd**2 / n, estimate.photo_se**2
-    freedom = n - 1
-    if of_photos:
-        weighted = of_units**2 / (n - 1) + of_photos**2 / (estimate.photos - 1)
-        freedom = (of_units + of_photos) ** 2 / weighted
-    least = (t.ppf((1 + LEVEL) / 2, freedom) + t.ppf(power, freedom)) * np.sqrt(
-        of_units + of_photos
-    )
-    enough = least <= effect
+    parts = [(estimate.run_sd**2 / n, n - 1)]
+    if estimate.photo_se:
+        parts.append((estimate.photo_se**2, estimate.photos - 1))
+    variance = sum(v for v, _ in parts)
+    freedom = variance**2 / np.maximum(sum(v**2 / f for v, f in parts), 1e-300)
+    half = np.sqrt(sum(v * t.ppf((1 + LEVEL) / 2, f) ** 2 for v, f in parts))
+    enough = half + t.ppf(power, np.maximum(freedom, 1)) * np.sqrt(variance) <= effect
     return int(n[enough.argmax()]) if enough.any() else None
 
 

@@ -1,7 +1,7 @@
 """From the results of the runs to what the study says, as plain values for JSON."""
 
 import math
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import Dict, Iterable, List, Mapping, Optional, Tuple
 
 import numpy as np
 
@@ -192,7 +192,8 @@ def _difference(
 
     Returns:
         arm, against, budget; ``segm``, ``bbox``: mean, interval, run_sd, photo_se, units;
-        ``each``: [subset, seed, segm, bbox] of each repeat; ``failed``: {arm: how many of its
+        ``each``: [subset, seed, segm, bbox] of each repeat; ``left``: repeats that are still to
+        come, of one of both or of the control; ``failed``: {arm: how many of its
         repeats did}, of this, the other and the control; and, where the other is the same without
         unlabelled photos, else None: ``control``: segm as above against the arm that spent the same
         time on fine-tuning, its name (no mean while it is not finished) and what ``labelling``
@@ -211,6 +212,7 @@ def _difference(
     found = {"arm": arm, "against": other, "budget": budget, "failed": failed,
              **{what: _plain(estimate) for what, estimate in both.items()},
              "each": [[*repeat, value, bbox[repeat]] for repeat, value in segm.items()],
+             "left": _left(study, results, budget, filter(None, (arm, other, name))),
              "control": None, "verdict": None, "more": None, "worth": None,
              "blank": False}  # fmt: skip
     if not study.arms[arm].uses_unlabeled or other != study.without(study.arms[arm]):
@@ -233,6 +235,21 @@ def _difference(
         "more": _more(study, both["segm"], control),
         "worth": _worth(study, results, arm, other, budget),
     }
+
+
+def _repeats(study: Study) -> int:
+    """That are planned, of each arm and budget."""
+    return len(study.subsets) * study.seeds
+
+
+def _left(study: Study, results: Results, budget: int, arms: Iterable[str]) -> int:
+    """How many of the repeats have not ended in all of these arms, well or badly."""
+    ended = [
+        {*results.runs(arm, budget)}
+        | {(failed["subset"], failed["seed"]) for failed in results.failures(arm, budget)}
+        for arm in arms
+    ]
+    return max(0, _repeats(study) - len(set.intersection(*ended)))
 
 
 def _more(study: Study, *differences: Optional[Estimate]) -> Optional[int]:
@@ -360,9 +377,6 @@ def sentence(study: Study, difference: dict) -> str:
         )
     worth, control = describe_worth(d["worth"]), d["control"]
     one_choice = len(study.subsets) == 1 and d["budget"] < study.total
-    planned = len(study.subsets) * study.seeds
-    failed = sum(d["failed"].get(arm, 0) for arm in (d["arm"], d["against"]))
-    unfinished = len(d["each"]) + failed < planned
     parts = [
         f"{d['arm']} with {d['budget']} labels: {d['verdict']}. {gain(d['segm'])} segm AP over "
         f"{d['against']}, {_describe_control(d)}",
@@ -373,10 +387,12 @@ def sentence(study: Study, difference: dict) -> str:
         else "all of one choice of the labels"
         if one_choice
         else "",
-        f"{len(d['each'])} of {planned} repeats so far" if unfinished else "",
+        f"{d['left']} of {_repeats(study)} repeats still to come" if d["left"] else "",
     ]
     is_open = d["verdict"] == UNKNOWN and control and "mean" in control
     power = describe_power(study, d) if is_open else ""
+    if d["arm"] in d["failed"]:
+        power = "The runs that are left may be the lucky ones."
     return f"{'; '.join(filter(None, parts))}. {power}".strip()
 
 

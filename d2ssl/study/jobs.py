@@ -136,6 +136,8 @@ def _goes_on(task: Task) -> bool:
     """Whether what lies in the folder was begun with the same key, which is noted there."""
     note = Path(task.folder, "key")
     begun = note.is_file() and note.read_text() == task.key
+    if not begun:  # else what is there would be gone on from under the new key
+        _remove_weights(task.folder)
     with atomic_open(str(note), "w") as file:
         file.write(task.key)
     return begun

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 
 import pytest
@@ -112,14 +113,21 @@ def test_a_state_of_another_memory_format(name):
 
 
 def test_the_state_of_another_optimizer_is_refused():
-    """AdamW's would load into SGD, and be missed at the first step."""
+    """AdamW's would load into SGD, and be missed at the first step; LARS's would even do one."""
     module = nn.Conv2d(3, 4, 1)
-    adamw, sgd = (
-        build_optimizer(solver(BASE_LR=0.1).SOLVER, name, {"P": [(module, "weight")]})
-        for name in ("AdamW", "SGD")
-    )
-    with pytest.raises(ValueError, match="made with another OPTIMIZER"):
-        load_optimizer(sgd, adamw.state_dict())
+
+    def make(name):
+        node = solver(BASE_LR=0.1).SOLVER
+        return build_optimizer(node, name, {"P": [(module, "weight")]})
+
+    names = "SGD", "LARS", "AdamW"
+    for saved, resumed in itertools.product(names, names):
+        state = copy.deepcopy(make(saved).state_dict())
+        if saved == resumed:
+            load_optimizer(make(resumed), state)
+        else:
+            with pytest.raises(ValueError, match="made with another OPTIMIZER"):
+                load_optimizer(make(resumed), state)
 
 
 def test_a_warmup_that_takes_most_of_the_run_is_said(caplog):

@@ -218,13 +218,19 @@ def test_the_luck_of_runs_that_did_not_fail_pays_nothing(make):
     table["soco", 3][4] = "the loss became infinite"
     found = make(table, SUBSETS=5)
     assert of(found["differences"], "soco", 3)["verdict"] == UNKNOWN
-    assert "1 run of soco failed" in found["answer"][0] and "so far" not in found["answer"][0]
+    assert found["answer"][0].endswith(
+        "; 1 run of soco failed. The runs that are left may be the lucky ones."
+    )
 
 
 def test_a_study_that_goes_on_says_so(make):
     found = make({**CLEAR, ("soco", 3): [12, 12]})
-    assert found["answer"][0].endswith("; 2 of 3 repeats so far.")
-    assert not any("so far" in answer for answer in make(CLEAR)["answer"])
+    assert found["answer"][0].endswith("; 1 of 3 repeats still to come.")
+    assert not any("to come" in answer for answer in make(CLEAR)["answer"])
+    behind = make({**CLEAR, ("longer", 3): [4, 5]})
+    assert "; 1 of 3 repeats still to come" in behind["answer"][0]
+    failed = {**CLEAR, ("soco", 3): [12, "diverged"], ("scratch", 3): [4, "diverged"]}
+    assert "; 1 of 3 repeats still to come" in make(failed)["answer"][0]
 
 
 def test_few_repeats_do_not_say_that_no_number_would_do(make):

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from d2ssl.errors import D2SSLError
-from d2ssl.study import conduct
+from d2ssl.study import conduct, jobs
 from d2ssl.study.jobs import Launcher
 
 
@@ -44,6 +45,19 @@ def test_interrupted_it_stops_its_processes(study):
     time.sleep(3)
     left = subprocess.run(["pgrep", "-f", str(study.folder)], capture_output=True, text=True)
     assert not left.stdout.strip()
+
+
+def test_what_was_begun_otherwise_is_not_gone_on_from(tmp_path):
+    """Not even by the command after one that was stopped before it had begun."""
+    task = SimpleNamespace(folder=str(tmp_path), key="new")
+    (tmp_path / "key").write_text("old")
+    left = [tmp_path / "pretrain" / n for n in ("last_checkpoint", "model_pretrained.pth")]
+    left[0].parent.mkdir()
+    for path in left:
+        path.touch()
+    assert not jobs._goes_on(task) and not any(path.exists() for path in left)
+    left[0].touch()
+    assert jobs._goes_on(task) and left[0].exists()
 
 
 def test_each_process_gets_its_own_of_the_gpus_that_there_are(tmp_path, monkeypatch):
