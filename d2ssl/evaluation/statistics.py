@@ -17,10 +17,9 @@ measures it).
 
 import math
 from dataclasses import dataclass
-from typing import Hashable, Mapping, Optional, Sequence, Tuple
+from typing import Dict, Hashable, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
-from scipy.optimize import isotonic_regression
 from scipy.stats import chi2, t
 
 DRAWS = 2000  # of the photos
@@ -76,6 +75,7 @@ class Bootstrap:
         # How often each photo is taken: DRAWS x P.
         self.photos = random.multinomial(num_photos, [1 / num_photos] * num_photos, size=draws)
         self._luck = random.uniform(size=(2, self.size))
+        self._spreads: Dict[Tuple[int, int], np.ndarray] = {}
 
     def multipliers(self, run: Hashable) -> np.ndarray:
         """N(0, 1) of a run, the same wherever that run appears."""
@@ -85,7 +85,9 @@ class Bootstrap:
     def _spread(self, which: int, units: int) -> np.ndarray:
         """What turns a normal draw into one of Student's t with units - 1 degrees of freedom."""
         freedom = units - 1
-        return np.sqrt(freedom / chi2.ppf(self._luck[which], freedom))
+        if (which, freedom) not in self._spreads:  # most of the time of an estimate
+            self._spreads[which, freedom] = np.sqrt(freedom / chi2.ppf(self._luck[which], freedom))
+        return self._spreads[which, freedom]
 
     def mean(
         self,
@@ -144,14 +146,28 @@ def labels_worth(
     Returns:
         B numbers of labels; 0 below the lowest budget, infinity above the highest.
     """
-    logs = np.log2(budgets)
-    curve = np.asarray(curve, float)
-    labels = np.empty(len(value))
-    for b, ap in enumerate(value):
-        # The slope makes the way back unique where the curve is flat.
-        rising = isotonic_regression(curve[:, b]).x + 1e-9 * np.arange(len(budgets))
-        labels[b] = 2 ** np.interp(ap, rising, logs, left=-np.inf, right=np.inf)
-    return labels
+    logs, curve = np.log2(budgets), np.asarray(curve, float)
+    # The slope makes the way back unique where the curve is flat.
+    rising = _isotonic(curve) + 1e-9 * np.arange(len(budgets))[:, None]
+    labels = np.where(value < rising[0], -np.inf, np.inf)
+    for k in range(len(budgets) - 1):
+        low, high = rising[k], rising[k + 1]
+        share = (value - low) / (high - low)
+        between = (low <= value) & (value <= high)
+        labels = np.where(between, logs[k] + share * (logs[k + 1] - logs[k]), labels)
+    return 2**labels
+
+
+def _isotonic(curve: np.ndarray) -> np.ndarray:
+    """Isotonic regression of each column of K x B, by the max-min formula (Robertson, Wright and
+    Dykstra 1988, ch. 1.4), as a loop over tens of thousands of draws takes a second."""
+    steps = range(len(curve))
+    sums = np.concatenate([np.zeros((1, curve.shape[1])), curve.cumsum(0)])
+    means = [[(sums[j + 1] - sums[i]) / (j + 1 - i) if i <= j else None for j in steps]
+             for i in steps]  # fmt: skip
+    return np.stack(
+        [np.max([np.min(means[i][k:], axis=0) for i in steps[: k + 1]], axis=0) for k in steps]
+    )
 
 
 def seeds_needed(
