@@ -6,6 +6,8 @@ from typing import List
 
 from detectron2.utils import comm
 
+from d2ssl.engine.self_training import label_files
+
 
 def begun(folder: str) -> bool:
     """Whether there is a checkpoint to go on from."""
@@ -19,8 +21,8 @@ def left(folder: str) -> List[str]:
     names = ["metrics.json", "last_checkpoint", "results.json", *pictures]
     names += [f"model_{name}.pth" for name in ("pretrained", "result", "best")]
     paths = [os.path.join(glob.escape(folder), name) for name in
-             [*names, "labels_*.json", "events.out.tfevents.*"]]  # fmt: skip
-    return [path for pattern in paths for path in glob.glob(pattern)]
+             [*names, "events.out.tfevents.*"]]  # fmt: skip
+    return [*label_files(folder), *(path for pattern in paths for path in glob.glob(pattern))]
 
 
 def clear(folder: str) -> None:

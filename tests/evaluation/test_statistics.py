@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.optimize import isotonic_regression
 from scipy.stats import t
 
 from d2ssl.evaluation.matches import Matches
@@ -136,6 +137,19 @@ def test_labels_worth_of_a_curve_that_dips():
     curve = np.array([[10.0], [25.0], [15.0], [40.0]])
     worth = labels_worth(np.array([20.0, 19.99, 20.01]), [8, 16, 32, 64], curve.repeat(3, 1))
     assert 15.99 < worth[0] < 32 and worth[1] < 16 and worth[2] > 32
+
+
+def test_labels_worth_of_many_draws_is_scipys_isotonic_regression_read_backwards():
+    random, budgets = np.random.default_rng(0), [8, 16, 32, 61]
+    curve = random.normal(size=(4, 300)) * 5 + np.arange(4)[:, None] * 3
+    value = random.normal(size=300) * 6 + 5
+    expected = [
+        2 ** np.interp(ap, isotonic_regression(column).x + 1e-9 * np.arange(4), np.log2(budgets),
+                       left=-np.inf, right=np.inf)
+        for ap, column in zip(value, curve.T)
+    ]  # fmt: skip
+    assert {0, math.inf} < {*expected}
+    np.testing.assert_allclose(labels_worth(value, budgets, curve), expected, rtol=1e-4)
 
 
 def test_interval_of_draws_that_are_partly_infinite():
